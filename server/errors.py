@@ -1,0 +1,104 @@
+"""Every error that crosses a boundary of the server: its HTTP status, its type in LoRAX's vocabulary, and a message for the caller.
+
+Owns the vocabulary alone; it does not know who raises or who renders. A message never carries a path of this machine, a token or a prompt.
+"""
+
+
+class ServerError(Exception):
+    """An error that the caller is told about. `status` is HTTP's, `error_type` is LoRAX's (`{"error": ..., "error_type": ...}`)."""
+
+    status = 500
+    error_type = "internal"
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param  # the request's field that is at fault, where there is one
+        self.retry_after_s = retry_after_s
+
+
+class ValidationFailed(ServerError):
+    """The request is wrong; the message names the field and what is allowed."""
+
+    status = 422
+    error_type = "validation"
+
+
+class MalformedBody(ServerError):
+    """The body is not JSON."""
+
+    status = 400
+    error_type = "validation"
+
+
+class BodyTooLarge(ServerError):
+    """The body is longer than the server reads."""
+
+    status = 413
+    error_type = "validation"
+
+
+class WrongMediaType(ServerError):
+    """The body is not said to be JSON."""
+
+    status = 415
+    error_type = "validation"
+
+
+class TemplateFailed(ServerError):
+    """A chat template refused the messages, or there is none."""
+
+    status = 422
+    error_type = "template_error"
+
+
+class AdapterNotFound(ServerError):
+    """No adapter under that id in that source (or not for this caller: the same words for both)."""
+
+    status = 424
+    error_type = "generation"
+
+
+class AdapterRefused(ServerError):
+    """The adapter exists but cannot be applied exactly; the message names the key or field and the reason."""
+
+    status = 424
+    error_type = "generation"
+
+
+class SourceUnavailable(ServerError):
+    """The source did not answer, or denied us; the next request tries again."""
+
+    status = 424
+    error_type = "generation"
+
+
+class GenerationFailed(ServerError):
+    """The engine failed this request alone."""
+
+    status = 424
+    error_type = "generation"
+
+
+class IncompleteGeneration(ServerError):
+    """The engine ended a request without saying why: a fault of ours."""
+
+    status = 500
+    error_type = "incomplete_generation"
+
+
+class Overloaded(ServerError):
+    """The queue is full; try again after `retry_after_s`."""
+
+    status = 429
+    error_type = "overloaded"
+
+    def __init__(self, message: str = "Model is overloaded", *, retry_after_s: float = 1.0, param: str | None = None) -> None:
+        super().__init__(message, param=param, retry_after_s=retry_after_s)
+
+
+class Unavailable(ServerError):
+    """The engine is starting, gone or draining."""
+
+    status = 503
+    error_type = "unavailable"
