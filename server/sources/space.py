@@ -1,0 +1,112 @@
+"""How much the store holds, and what goes when it is too much. Owns the pins of this process; called by the store.
+
+Least recently used goes first: an entry's mtime is the time of its last use, for every server on a shared folder.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from server.errors import AdapterRefused
+from server.sources.disk import Staging
+
+logger = logging.getLogger(__name__)
+
+_RECOUNT_S = 300.0  # other servers on the same folder add and remove too
+
+
+class _Entry(NamedTuple):
+    used_at: float  # seconds since the epoch
+    size_bytes: int
+    path: Path
+    hash: str
+
+
+class Space:
+    """The published folders and files of a store. An entry's name is its adapter's hash, or begins with it and a dash."""
+
+    def __init__(self, folders: Sequence[Path], staging: Staging, max_bytes: int | None, min_idle_s: float) -> None:
+        self._folders = folders
+        self._staging = staging
+        self._max_bytes = max_bytes
+        self._min_idle_s = min_idle_s
+        self._lock = threading.Lock()
+        self._pins: Counter[str] = Counter()
+        self._used_bytes = 0
+        self._counted_at = float("-inf")
+
+    def pin(self, adapter_hash: str) -> None:
+        """Keep this adapter's entries until as many `unpin`."""
+        with self._lock:
+            self._pins[adapter_hash] += 1
+
+    def unpin(self, adapter_hash: str) -> None:
+        """Undo one `pin`."""
+        with self._lock:
+            if self._pins[adapter_hash] <= 0:
+                raise ValueError(f"unpin without a pin: {adapter_hash}")
+            self._pins[adapter_hash] -= 1
+            if not self._pins[adapter_hash]:
+                del self._pins[adapter_hash]
+
+    def add(self, size_bytes: int) -> None:
+        """`size_bytes` more were published."""
+        with self._lock:
+            self._used_bytes += size_bytes
+
+    def reserve(self, size_bytes: int) -> None:
+        """Make room for so much more. AdapterRefused if the whole store is smaller. What is pinned or was used within `min_idle_s` (another
+        server may be about to open it) stays, so the bound may be passed for that long."""
+        if self._max_bytes is None:
+            return
+        if size_bytes > self._max_bytes:
+            raise AdapterRefused(f"The adapter has {size_bytes} bytes; the whole store holds {self._max_bytes} (store-max-bytes)")
+        with self._lock:
+            if self._used_bytes + size_bytes <= self._max_bytes and time.monotonic() - self._counted_at < _RECOUNT_S:
+                return
+            entries = sorted(self._count())
+            idle_since = time.time() - self._min_idle_s
+            for entry in entries:
+                if self._used_bytes + size_bytes <= self._max_bytes:
+                    return
+                if entry.used_at <= idle_since and entry.hash not in self._pins:
+                    self._staging.take_away(entry.path)
+                    self._used_bytes -= entry.size_bytes
+                    logger.info("adapter store: evicted %s (%d bytes)", entry.path.name, entry.size_bytes)
+            if self._used_bytes + size_bytes > self._max_bytes:
+                logger.warning("adapter store: %d bytes are in use, more than store-max-bytes", self._used_bytes + size_bytes)
+
+    def _count(self) -> list[_Entry]:
+        entries = []
+        for folder in self._folders:
+            for path in folder.iterdir():
+                try:
+                    used_at = path.stat().st_mtime
+                    size_bytes = folder_bytes(path) if path.is_dir() else path.stat().st_size
+                except FileNotFoundError:  # another server was faster
+                    continue
+                entries.append(_Entry(used_at, size_bytes, path, path.name.split("-", 1)[0]))
+        self._used_bytes = sum(entry.size_bytes for entry in entries)
+        self._counted_at = time.monotonic()
+        return entries
+
+
+def folder_bytes(folder: Path) -> int:
+    """The files of a folder together."""
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def mark_used(path: Path) -> bool:
+    """Record a use of an entry; False if it is not there."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    except PermissionError:  # another owner's file on a shared folder: readable is enough
+        return path.exists()
+    return True
