@@ -1,0 +1,1 @@
+"""LoRA adapters as data: a PEFT folder becomes a pack that the engine maps, or a refusal that names the key. No torch, no base weights."""
