@@ -1,0 +1,167 @@
+"""The engine as a process: messages in from the API, one step at a time, messages out. No HTTP, no network.
+
+Two threads beside the readers of adapters: the main one owns the engine; the other sends a heartbeat that says in which phase the main one
+is and until when that may last, so that a hung step is told from a long one.
+"""
+
+import argparse
+import logging
+import sys
+import threading
+import time
+from pathlib import Path
+
+import msgspec
+import torch
+import transformers
+
+from server.engine.build import build_engine
+from server.engine.core import EngineCore
+from server.ipc.messages import (
+    Abort,
+    AdapterEvent,
+    Died,
+    EngineStats,
+    Forget,
+    Heartbeat,
+    Prefetch,
+    Ready,
+    Shutdown,
+    Starting,
+    StepOutputs,
+    Submit,
+    ToEngine,
+)
+from server.ipc.sockets import ApiSocket, PeerLost, die_with_parent
+from server.types import EngineOptions
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 0.5
+START_DEADLINE_S = 1800.0  # a large model from a cold disk
+STEP_DEADLINE_S = 120.0
+IDLE_WAIT_S = 0.2
+
+
+class Pulse:
+    """What the heartbeat says. The main thread writes, the heartbeat's thread reads and sends."""
+
+    def __init__(self, socket: ApiSocket) -> None:
+        self._socket = socket
+        self._lock = threading.Lock()
+        self._step, self._phase, self._deadline_at, self._stats = 0, "start", time.monotonic() + START_DEADLINE_S, EngineStats()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def enter(self, phase: str, deadline_s: float | None, step: int = 0, stats: EngineStats | None = None) -> None:
+        """The main thread is now in `phase`, for at most `deadline_s` seconds (None: as long as it likes)."""
+        with self._lock:
+            self._phase, self._step = phase, step
+            self._deadline_at = None if deadline_s is None else time.monotonic() + deadline_s
+            if stats is not None:
+                self._stats = stats
+
+    def stop(self) -> None:
+        """Send no more."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(HEARTBEAT_S):
+            with self._lock:
+                beat = Heartbeat(self._step, self._phase, self._deadline_at, self._stats)
+            self._socket.send(beat)
+
+
+class EngineLoop:
+    """Reads messages between steps and sends what each step brought as one message."""
+
+    def __init__(self, socket: ApiSocket, core: EngineCore, pulse: Pulse) -> None:
+        self.socket, self.core, self.pulse = socket, core, pulse
+        self.stopped = False
+
+    def run(self) -> None:
+        """Until Shutdown comes or the API is gone (PeerLost)."""
+        next_stats_at = 0.0
+        while not self.stopped:
+            idle = not self.core.has_work
+            if idle:
+                self.pulse.enter("idle", None, self.core.num_steps, self.core.stats())
+            # While adapters are read nothing else wakes the loop, so it looks more often.
+            wait_s = 0.0 if not idle else 0.002 if self.core.scheduler.num_waiting else IDLE_WAIT_S
+            for message in self.socket.receive(wait_s):
+                self._handle(message)
+            if self.core.has_work and not self.stopped:
+                now = time.monotonic()
+                stats = None
+                if now >= next_stats_at:
+                    stats, next_stats_at = self.core.stats(), now + HEARTBEAT_S
+                self.pulse.enter("step", STEP_DEADLINE_S, self.core.num_steps, stats)
+                outputs = self.core.step()
+                if outputs:
+                    self.socket.send(StepOutputs(outputs))
+
+    def _handle(self, message: ToEngine) -> None:
+        match message:
+            case Submit(request):
+                self.core.add(request)
+            case Abort(request_ids):
+                for request_id in request_ids:
+                    self.core.abort(request_id)
+            case Prefetch(adapter):
+                self.core.tiers.prefetch(adapter)
+            case Forget(adapter_hash):
+                self.core.tiers.forget(adapter_hash)
+            case Shutdown():
+                self.stopped = True
+
+
+def serve(address: str, options: EngineOptions) -> int:
+    """Start the engine and serve the API at `address`; the process's exit code."""
+    socket = ApiSocket(address)
+    pulse = Pulse(socket)
+    started_at = time.monotonic()
+    try:
+        core, base, phases = build_engine(
+            options,
+            on_phase=lambda phase: socket.send(Starting(phase, time.monotonic() - started_at)),
+            on_adapter=lambda *event: socket.send(AdapterEvent(*event)),
+        )
+        socket.send(
+            Ready(
+                layout=base.layout,
+                device=str(base.device),
+                max_sequence_len=options.max_sequence_len,
+                block_size=options.block_size,
+                num_blocks=core.pool.num_blocks,
+                adapter_bytes=core.tiers.device.max_bytes,
+                start_s=phases,
+                versions={"torch": str(torch.__version__), "transformers": transformers.__version__, "attention": base.attention.name},
+            )
+        )
+        EngineLoop(socket, core, pulse).run()
+        core.tiers.close()
+        return 0
+    except PeerLost as lost:
+        log.info("the API is gone (%s); stopping", lost)
+        return 0
+    except Exception as error:
+        log.exception("the engine cannot go on")
+        socket.send(Died(f"{type(error).__name__}: {error}" if isinstance(error, ValueError) else type(error).__name__))
+        return 1
+    finally:
+        pulse.stop()
+        socket.close()
+
+
+def main() -> int:
+    """`python -m server.engine --address ADDRESS --options FILE`: started by the API, not by people."""
+    die_with_parent()
+    parser = argparse.ArgumentParser(prog="python -m server.engine", description="The engine process; the server starts it by itself.")
+    parser.add_argument("--address", required=True, help="where the API listens: ipc://PATH")
+    parser.add_argument("--options", required=True, type=Path, help="file with EngineOptions as JSON")
+    arguments = parser.parse_args()
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s engine %(name)s %(message)s")
+    transformers.utils.logging.disable_progress_bar()
+    return serve(arguments.address, msgspec.json.decode(arguments.options.read_bytes(), type=EngineOptions))

@@ -1,0 +1,187 @@
+"""The base model as the engine runs it: Hugging Face's module with the seams in place, in three parts (embed, decode, head).
+
+Owns the module, the patched sites, the cache of keys and values, and the layout that adapters are packed for. It does not know requests.
+The three parts are split so that a step capture holds the decoder alone: embeddings in, hidden states out.
+"""
+
+import hashlib
+from functools import partial
+from types import SimpleNamespace
+
+import msgspec
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from server.model.adapter import AdapterPlacer, DeviceAdapter, HostAdapter
+from server.model.attention import PagedAttention
+from server.model.forward import ForwardState
+from server.model.linear import HeadGroup, SiteGroup
+from server.model.overrides import EmbeddingSite, ReplacedModule
+from server.model.probe import Probe, describe_site, probe
+from server.types import BaseLayout, Module, Site
+
+DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def _hash_weight(weight: torch.Tensor) -> str:
+    """sha256 of a weight's bytes, as adapters.parts.hash_weight has it."""
+    return hashlib.sha256(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
+
+
+class _ComputedDecoder(nn.Module):
+    """Stands in the decoder's place while the head runs: whatever is asked of it, its hidden states are already there."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self.last_hidden_state = hidden
+
+    @property
+    def decoder(self) -> "_ComputedDecoder":
+        return self
+
+    def forward(self, *args, **kwargs):
+        return _DecoderOutput(self.last_hidden_state)
+
+
+class _DecoderOutput(SimpleNamespace):
+    def __init__(self, hidden: torch.Tensor) -> None:
+        super().__init__(last_hidden_state=hidden)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None  # caches, attentions, router logits: nobody asked for them
+
+
+def _check_windows(config, found: Probe) -> None:
+    """Refuse a model that hides part of the past in its masks alone: those never reach the paged cache."""
+    windows = [shape.window for _, shape in found.attention]
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        window = getattr(config, "sliding_window", None)
+        if window is not None and getattr(config, "use_sliding_window", True) and not any(windows):
+            raise ValueError(f"'{config.model_type}' has sliding_window {window} but does not pass it to its attention function")
+        return
+    if len(kinds) != len(windows):
+        raise ValueError(f"'{config.model_type}' has {len(kinds)} layer_types and {len(windows)} attention layers")
+    for layer, (kind, window) in enumerate(zip(kinds, windows, strict=True)):
+        if kind not in ("full_attention", "sliding_attention") or (kind == "sliding_attention") != (window is not None):
+            raise ValueError(f"'{config.model_type}' layer {layer}: attention of kind '{kind}' called with window {window}")
+
+
+class BaseModel:
+    """A causal language model of transformers, patched. ValueError where it is built in a way that the seams cannot serve."""
+
+    def __init__(self, model: nn.Module, revision: str = "") -> None:
+        self.model, self.config, self.revision = model.eval(), model.config, revision
+        self.state = ForwardState()
+        self.embedding_module: nn.Embedding = model.get_input_embeddings()
+        self.head_module: nn.Module = model.get_output_embeddings()
+        self._decoder_name = model.base_model_prefix
+        self.decoder: nn.Module = getattr(model, self._decoder_name)
+        self.device, self.dtype = self.embedding_module.weight.device, self.embedding_module.weight.dtype
+        self._modules = dict(model.named_modules())
+        self._names = {id(module): name for name, module in self._modules.items()}
+        found = probe(model, self.decoder, self.embedding_module, self.head_module)
+        _check_windows(model.config, found)
+        self._attention_layers = found.attention
+        self._axes = found.axes
+        self._replaced: dict[str, ReplacedModule] = {}
+        self.attention: PagedAttention | None = None
+        self.groups, sites = self._patch(found)
+        self._embedding = EmbeddingSite(self.embedding_module, self.state)
+        self.layout = self._describe(sites)
+        self._placer = AdapterPlacer(self.groups, self.layout, self._modules, self.device, self._replace)
+
+    @property
+    def attention_shapes(self):
+        """Each attention layer's shape, in order."""
+        return [shape for _, shape in self._attention_layers]
+
+    def attach_cache(self, num_blocks: int, block_size: int) -> None:
+        """Allocate the keys' and values' blocks and connect every attention layer to them."""
+        self.attention = PagedAttention(self.attention_shapes, num_blocks, block_size, self.dtype, self.device)
+        for index, (module, shape) in enumerate(self._attention_layers):
+            module.__dict__["manylora_attention"] = partial(self._attend, index, shape.window)
+
+    def _attend(self, layer: int, window: int | None, q, k, v, scale, softcap, sinks, told_window):
+        if told_window != window:
+            raise RuntimeError(f"attention layer {layer} was probed with window {window} and is called with {told_window}")
+        return self.attention.run(layer, q, k, v, scale, softcap, sinks)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids [tokens] -> [tokens, hidden]."""
+        return self.embedding_module(ids[None])[0]
+
+    def decode(self, embeddings: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """embeddings [tokens, hidden] at positions [tokens] -> hidden states [tokens, hidden]."""
+        return self.decoder(inputs_embeds=embeddings[None], position_ids=positions[None], use_cache=False)[0][0]
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [rows, hidden] -> logits [rows, vocabulary]: the model's own forward, so that its scaling and soft caps hold."""
+        self.model._modules[self._decoder_name] = _ComputedDecoder(hidden[None])
+        try:
+            return self.model(input_ids=None, inputs_embeds=hidden[None], use_cache=False).logits[0]
+        finally:
+            self.model._modules[self._decoder_name] = self.decoder
+
+    def place(self, host: HostAdapter) -> DeviceAdapter:
+        """Put an adapter on the model's device."""
+        return self._placer.place(host)
+
+    def _replace(self, name: str) -> None:
+        """From now on this module looks at whose rows it gets; until some adapter replaces it, it costs nothing."""
+        if name not in self._replaced:
+            self._replaced[name] = ReplacedModule(name, self._modules[name], self._axes[name], self.state)
+
+    def _patch(self, found: Probe) -> tuple[list[SiteGroup], list[Site]]:
+        groups, sites = [], []
+        embedding_name = self._names[id(self.embedding_module)]
+        sites.append(describe_site(embedding_name, self.embedding_module, -1))
+        for index, names in enumerate(found.groups):
+            members = [self._modules[name] for name in names]
+            described = [describe_site(name, module, index) for name, module in zip(names, members, strict=True)]
+            groups.append(SiteGroup(index, names, members, [site.out_features for site in described], self.state))
+            sites.extend(described)
+        if isinstance(self.head_module, (nn.Linear, Conv1D)):
+            site = describe_site(self._names[id(self.head_module)], self.head_module, len(groups))
+            groups.append(HeadGroup(len(groups), [site.name], [self.head_module], [site.out_features], self.state))
+            sites.append(site)
+        return groups, sites
+
+    def _tied_names(self) -> list[str]:
+        """The embedding and the head: what PEFT may save a second time although nothing changed it."""
+        return [self._names[id(self.embedding_module)], self._names[id(self.head_module)]]
+
+    def _describe(self, sites: list[Site]) -> BaseLayout:
+        site_names = {site.name for site in sites}
+        modules = [
+            Module(
+                name,
+                type(module).__name__,
+                {n: list(p.shape) for n, p in module.named_parameters(recurse=False)},
+                replaceable=name in site_names or name in self._axes,
+            )
+            for name, module in self._modules.items()
+            if name
+        ]
+        layout = BaseLayout(
+            fingerprint="",
+            model_type=self.config.model_type,
+            num_layers=len(self._attention_layers),
+            vocab_size=self.embedding_module.weight.shape[0],
+            hidden_size=self.embedding_module.weight.shape[1],
+            tied_head=self.head_module.weight is self.embedding_module.weight,
+            embedding=self._names[id(self.embedding_module)],
+            head=self._names[id(self.head_module)],
+            dtype=DTYPE_NAMES[self.dtype],
+            sites=sites,
+            modules=modules,
+            weight_hashes={name: _hash_weight(self._modules[name].weight) for name in self._tied_names()},
+        )
+        digest = hashlib.sha256(msgspec.msgpack.encode(layout)).hexdigest()[:32]
+        return msgspec.structs.replace(layout, fingerprint=digest)

@@ -1,0 +1,100 @@
+"""The second seam: every linear that an adapter may target adds its rows' LoRA deltas; siblings that read one input run as one product.
+
+Owns the packed weights and the patched `forward` of the modules. It does not know requests: which rows are whose comes from ForwardState,
+what an adapter does at a group from DeviceAdapter.groups. Modules keep their place and class in Hugging Face's model; only `forward` of
+the instance is replaced, so whatever linear a quantizer put there stays in use.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from server.kernels.lora import add_delta
+from server.model.forward import ForwardState, Segment
+
+
+class SiteGroup:
+    """Linears that read the same tensor. Columns [start, stop) of the group's product belong to each."""
+
+    def __init__(self, index: int, names: list[str], modules: list[nn.Module], outs: list[int], state: ForwardState) -> None:
+        self.index, self.names, self.modules, self.state = index, names, modules, state
+        stops = [sum(outs[: i + 1]) for i in range(len(outs))]
+        self.columns = [(stop - out, stop) for stop, out in zip(stops, outs, strict=True)]
+        self._input: torch.Tensor | None = None
+        self._product: torch.Tensor | None = None
+        self._base = modules[0].forward
+        if len(modules) > 1:
+            self._pack()
+        for position, module in enumerate(modules):
+            module.forward = self._forward_of(position)
+
+    def _pack(self) -> None:
+        """One weight for all; the modules' own parameters become views of it, so nothing is held twice."""
+        weight = torch.cat([m.weight.data for m in self.modules])  # [sum of outs, in]
+        bias = None if self.modules[0].bias is None else torch.cat([m.bias.data for m in self.modules])
+        for module, (start, stop) in zip(self.modules, self.columns, strict=True):
+            module.weight.data = weight[start:stop]
+            if bias is not None:
+                module.bias.data = bias[start:stop]
+        self._base = lambda x: F.linear(x, weight, bias)
+
+    def _forward_of(self, position: int):
+        if len(self.modules) == 1:
+            return self.compute
+        start, stop = self.columns[position]
+        last = position == len(self.modules) - 1
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            # The first sibling computes for all. A caller that passes another tensor simply gets a product of its own.
+            if x is not self._input:
+                self._input, self._product = x, self.compute(x)
+            out = self._product[..., start:stop]
+            if last:
+                self._input = self._product = None
+            return out
+
+        return forward
+
+    def segments(self) -> list[Segment]:
+        """The rows that this group's product has, by adapter."""
+        return self.state.token_segments
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        """The base's product with every row's delta: x [.., in] -> [.., sum of outs]."""
+        y = self._base(x)
+        segments = self.segments()
+        if segments:
+            flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+            for segment in segments:
+                delta = segment.adapter.groups[self.index]
+                if delta is not None:
+                    add_delta(flat_y[segment.start : segment.stop], flat_x[segment.start : segment.stop], delta)
+        return y
+
+
+class HeadGroup(SiteGroup):
+    """The output head: it sees only the rows whose logits are wanted, and an adapter may give it more columns (added tokens)."""
+
+    def segments(self) -> list[Segment]:
+        """Rows by adapter among those that reach the head."""
+        return self.state.head_segments
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        """x [.., in] -> logits [.., widest vocabulary of the batch]; columns beyond a row's own vocabulary mean nothing."""
+        y = self._base(x)
+        segments = self.segments()
+        if not segments:
+            return y
+        flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        widest = max(segment.adapter.vocab_size for segment in segments)
+        if widest > flat_y.shape[1]:
+            flat_y = F.pad(flat_y, (0, widest - flat_y.shape[1]))
+        for segment in segments:
+            rows_x, rows_y = flat_x[segment.start : segment.stop], flat_y[segment.start : segment.stop]
+            delta = segment.adapter.groups[self.index]
+            if delta is not None:
+                add_delta(rows_y, rows_x, delta)
+            if segment.adapter.head_tokens is not None:
+                ids, weight = segment.adapter.head_tokens
+                rows_y[:, ids] = rows_x @ weight.T
+        return flat_y.view(*y.shape[:-1], -1)

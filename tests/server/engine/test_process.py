@@ -1,0 +1,146 @@
+"""The engine process from outside, over its real socket: starts, answers, beats, is aborted, shut down, orphaned, misconfigured."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import msgspec
+import pytest
+
+from server.ipc.messages import Abort, AdapterEvent, Died, Heartbeat, Prefetch, Ready, Shutdown, StepOutputs, Submit
+from server.ipc.sockets import EngineSocket
+from server.types import AdapterRef, EngineOptions, EngineRequest, SamplingParams
+from tests.server.engine.peft_oracle import pack, save_adapter
+from tests.server.engine.tiny_models import make_model
+
+# PEFT warns about what it saves and about tied weights; what it means here is what the tests compare.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    make_model("llama").save_pretrained(folder)
+    return folder
+
+
+class Engine:
+    """The engine's process and the API's end of its socket."""
+
+    def __init__(self, folder, model_dir, **changes):
+        address = f"ipc://{folder}/s"
+        options = dict(num_blocks=64, block_size=4, max_batch_size=8, max_sequence_len=100, num_threads=1)
+        (folder / "options.json").write_bytes(msgspec.json.encode(EngineOptions(str(model_dir), **{**options, **changes})))
+        self.socket = EngineSocket(address)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "server.engine", "--address", address, "--options", str(folder / "options.json")]
+        )
+        self.beats: list[Heartbeat] = []
+
+    async def receive(self, kind, timeout_s=60):
+        """The next message of a kind; heartbeats are kept aside."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            message = await asyncio.wait_for(self.socket.receive(), max(0.01, deadline - time.monotonic()))
+            if isinstance(message, Heartbeat):
+                self.beats.append(message)
+            if isinstance(message, kind):
+                return message
+            assert not isinstance(message, Died), message.reason
+
+    async def finish(self, *names):
+        """Outputs until each of `names` has ended."""
+        outputs, open_names = [], set(names)
+        while open_names:
+            for output in (await self.receive(StepOutputs)).outputs:
+                outputs.append(output)
+                if output.finish_reason:
+                    open_names.remove(output.request_id)
+        return outputs
+
+    def close(self):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self.socket.close()
+
+
+async def test_a_life(tmp_path, model_dir):
+    engine = Engine(tmp_path, model_dir)
+    try:
+        ready = await engine.receive(Ready)
+        assert ready.layout.model_type == "llama" and set(ready.start_s) == {"load", "allocate", "warm_up"}
+        ref = pack(save_adapter(tmp_path / "adapter", "llama"), ready.layout, tmp_path / "adapter.pack")
+        params = SamplingParams(max_new_tokens=5)
+        engine.socket.send(Prefetch(ref))
+        states = [(await engine.receive(AdapterEvent)).state for _ in range(2)]
+        assert states == ["loading", "host"]
+        for name, adapter in (("base", None), ("adapted", ref), ("missing", AdapterRef("h", str(tmp_path / "none"), "none"))):
+            engine.socket.send(Submit(EngineRequest(name, [5, 6, 7], params, adapter)))
+        outputs = await engine.finish("base", "adapted", "missing")
+        ends = {o.request_id: o.finish_reason for o in outputs if o.finish_reason}
+        assert ends == {"base": "length", "adapted": "length", "missing": "error"}
+        engine.socket.send(Submit(EngineRequest("too-long", [5] * 50, SamplingParams(max_new_tokens=300))))
+        assert "do not fit" in (await engine.finish("too-long"))[0].error
+        engine.socket.send(Submit(EngineRequest("left", [5, 6], SamplingParams(max_new_tokens=90))))
+        await engine.receive(StepOutputs)
+        engine.socket.send(Abort(["left"]))
+        assert (await engine.finish("left"))[-1].finish_reason in ("aborted", "length")
+        engine.beats.clear()
+        while not engine.beats or engine.beats[-1].phase != "idle":
+            await engine.receive(Heartbeat)
+        stats = engine.beats[-1].stats
+        assert engine.beats[-1].phase_deadline_at is None and stats.num_blocks_used == 0 and stats.num_adapters_device == 1
+        engine.socket.send(Shutdown())
+        assert await asyncio.to_thread(engine.process.wait, 20) == 0
+    finally:
+        engine.close()
+
+
+async def test_it_ends_with_the_api(tmp_path, model_dir):
+    engine = Engine(tmp_path, model_dir)
+    try:
+        await engine.receive(Ready)
+        engine.socket.close()  # as when the API's process is gone
+        assert await asyncio.to_thread(engine.process.wait, 20) == 0
+    finally:
+        engine.close()
+
+
+async def test_a_hung_step_is_seen_in_the_heartbeat(tmp_path, model_dir):
+    """A stopped process does not beat at all; the API's rule is that a beat older than a few seconds is none."""
+    engine = Engine(tmp_path, model_dir)
+    try:
+        await engine.receive(Ready)
+        os.kill(engine.process.pid, signal.SIGSTOP)
+        while True:  # what was on its way
+            try:
+                await engine.receive(Heartbeat, timeout_s=1.5)
+            except TimeoutError:
+                break
+        os.kill(engine.process.pid, signal.SIGCONT)
+        await engine.receive(Heartbeat)
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (dict(max_sequence_len=1000), "max_sequence_len 1000 is beyond the model's 128 positions"),
+        (dict(num_blocks=3), "fewer than one sequence"),
+        (dict(max_batch_tokens=4), "max_batch_tokens 4 must be at least max_batch_size 8"),
+        (dict(model_dir="/nowhere"), "there is no config.json"),
+    ],
+)
+async def test_what_cannot_start_says_why(tmp_path, model_dir, changes, reason):
+    changes = dict(changes)
+    engine = Engine(tmp_path, changes.pop("model_dir", model_dir), **changes)
+    try:
+        assert reason in (await engine.receive(Died)).reason
+        assert await asyncio.to_thread(engine.process.wait, 20) == 1
+    finally:
+        engine.close()

@@ -1,0 +1,167 @@
+"""The scheduler by itself, with a model that is only a rule: who runs when, who waits for what, nothing lost."""
+
+import random
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from server.engine.scheduler import Scheduler
+from server.memory.blocks import BlockPool
+from server.memory.tiers import AdapterTiers
+from server.types import AdapterRef, EngineRequest, SamplingParams
+
+
+def make(num_blocks=16, max_batch_tokens=8, max_batch_size=4, device_bytes=100, read=None, **options):
+    tiers = AdapterTiers(
+        read or (lambda ref: SimpleNamespace(bytes=int(ref.path))), lambda host: host, host_bytes=10**6, device_bytes=device_bytes
+    )
+    pool = BlockPool(num_blocks, 4)
+    return Scheduler(pool, tiers, max_batch_tokens=max_batch_tokens, max_batch_size=max_batch_size, **options)
+
+
+def request(name, prompt_len=5, max_new=4, adapter=None, size=10, salt="", offset=0):
+    ref = AdapterRef(adapter, str(size), adapter) if adapter else None
+    tokens = [(7 * i + offset) % 50 for i in range(prompt_len)]
+    return EngineRequest(name, tokens, SamplingParams(max_new_tokens=max_new), ref, salt)
+
+
+def step(scheduler, finished=None):
+    """One step of a model that always says 1; returns {request: tokens}."""
+    scheduler.collect_adapters()
+    chunks = scheduler.schedule()
+    for chunk in chunks:
+        scheduler.complete(chunk)
+        if chunk.samples:
+            chunk.sequence.append(1)
+            if chunk.sequence.num_outputs >= chunk.sequence.request.params.max_new_tokens:
+                scheduler.remove(chunk.sequence.request.request_id)
+                if finished is not None:
+                    finished.append(chunk.sequence)
+    return {chunk.sequence.request.request_id: chunk.num_tokens for chunk in chunks}
+
+
+def test_decode_rows_come_before_a_long_prompt():
+    scheduler = make()
+    scheduler.add(request("a", prompt_len=3))
+    assert step(scheduler) == {"a": 3}
+    scheduler.add(request("long", prompt_len=30, offset=3))
+    assert step(scheduler) == {"a": 1, "long": 7}
+    assert step(scheduler) == {"a": 1, "long": 7}
+
+
+def test_a_batch_never_exceeds_its_bounds_and_everybody_finishes():
+    rng = random.Random(0)
+    scheduler, finished = make(num_blocks=12), []
+    for i in range(60):
+        scheduler.add(request(str(i), rng.randrange(1, 20), rng.randrange(1, 12), offset=i))
+    for _ in range(3000):
+        chunks = step(scheduler, finished)
+        assert sum(chunks.values()) <= 8 and len(scheduler.running) <= 4
+        if not scheduler.has_work:
+            break
+    assert len(finished) == 60 and scheduler.pool.num_used == 0
+    assert scheduler.num_preemptions > 0  # 12 blocks are too few for four of the longest: some were computed twice
+
+
+def test_preempted_sequences_keep_their_tokens_and_their_place():
+    scheduler, finished = make(num_blocks=6, max_batch_size=3, prefix_caching=False), []
+    for name in "abc":
+        scheduler.add(request(name, prompt_len=4, max_new=12, offset=ord(name)))
+    for _ in range(200):
+        step(scheduler, finished)
+    assert [s.request.request_id for s in finished] == ["a", "b", "c"]  # the youngest gave way
+    assert all(len(s.tokens) == 16 for s in finished) and scheduler.num_preemptions > 0
+
+
+def test_a_known_prefix_is_not_computed_again_unless_adapter_or_salt_differ():
+    scheduler = make()
+    scheduler.add(request("a", prompt_len=8, max_new=1))
+    step(scheduler)
+    scheduler.add(request("again", prompt_len=8, max_new=1))
+    assert step(scheduler) == {"again": 4}  # the block with the last token is computed: its logits are wanted
+    scheduler.add(request("other-tenant", prompt_len=8, max_new=1, salt="t"))
+    assert step(scheduler) == {"other-tenant": 8}
+    scheduler.add(request("adapted", prompt_len=8, max_new=1, adapter="x"))
+    deadline = time.monotonic() + 5
+    while not (chunks := step(scheduler)) and time.monotonic() < deadline:
+        pass
+    assert chunks == {"adapted": 8}
+
+
+def test_others_pass_a_sequence_that_waits_for_its_adapter():
+    gate = []
+
+    def read(ref):
+        while not gate:
+            time.sleep(0.005)
+        return SimpleNamespace(bytes=1)
+
+    scheduler = make(read=read)
+    scheduler.add(request("cold", adapter="x"))
+    scheduler.add(request("base", offset=2))
+    assert step(scheduler) == {"base": 5}
+    gate.append(True)
+    deadline = time.monotonic() + 5
+    while "cold" not in step(scheduler):
+        assert time.monotonic() < deadline
+
+
+def test_a_cold_adapter_is_not_overtaken_for_ever():
+    scheduler = make(device_bytes=10, max_batch_size=8, num_blocks=64)
+    scheduler.MAX_OVERTAKEN_S = 0.2
+
+    def wait_for(adapter_hash):
+        deadline = time.monotonic() + 5
+        while scheduler.tiers.state(adapter_hash) not in ("host", "device"):
+            assert time.monotonic() < deadline
+            scheduler.collect_adapters()
+
+    scheduler.add(request("hot0", adapter="hot", max_new=20))
+    wait_for("hot")
+    step(scheduler)
+    scheduler.add(request("cold", adapter="cold"))
+    wait_for("cold")
+    started, num_hot = time.monotonic(), 1
+    while "cold" not in step(scheduler):
+        scheduler.add(request(f"hot{num_hot}", adapter="hot", max_new=20, offset=num_hot))  # they never stop coming
+        num_hot += 1
+        time.sleep(0.01)
+        assert time.monotonic() - started < 10
+    assert num_hot > 5
+
+
+def test_removal_frees_everything_wherever_the_sequence_is():
+    scheduler = make(max_batch_size=1, read=lambda ref: time.sleep(0.05) or SimpleNamespace(bytes=1))
+    scheduler.add(request("running"))
+    step(scheduler)
+    scheduler.add(request("waiting", offset=1))
+    scheduler.add(request("parked", adapter="x"))
+    for name in ("running", "waiting", "parked"):
+        assert scheduler.remove(name) is not None
+    assert scheduler.remove("running") is None
+    assert scheduler.pool.num_used == 0 and scheduler.num_waiting == 0 and not scheduler.schedule()
+
+
+def test_a_failed_adapter_fails_those_who_asked_for_it_alone():
+    def read(ref):
+        raise OSError("disk")
+
+    scheduler, failed = make(read=read), []
+    scheduler.add(request("a", adapter="x"))
+    scheduler.add(request("b", adapter="x"))
+    scheduler.add(request("c"))
+    deadline = time.monotonic() + 5
+    while len(failed) < 2 and time.monotonic() < deadline:
+        failed += scheduler.collect_adapters()
+    assert {s.request.request_id for s, _ in failed} == {"a", "b"} and scheduler.num_waiting == 1
+    assert not scheduler.tiers._entries
+
+
+def test_what_can_never_run_is_refused_at_once():
+    scheduler = make(num_blocks=4)
+    with pytest.raises(ValueError, match="17 tokens do not fit in the cache of 16"):
+        scheduler.add(request("a", prompt_len=10, max_new=7))
+    scheduler.add(request("a"))
+    with pytest.raises(ValueError, match="already in use"):
+        scheduler.add(request("a"))

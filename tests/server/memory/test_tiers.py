@@ -1,0 +1,181 @@
+"""The tiers of adapters: states, budgets, pins, and what is evicted for what."""
+
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from server.errors import AdapterRefused
+from server.memory.tiers import AdapterTiers
+from server.types import AdapterRef
+
+
+def make_tiers(host=100, device=50, read=None, events=None):
+    sizes = {}
+
+    def default_read(ref):
+        return SimpleNamespace(bytes=int(ref.path), hash=ref.hash)
+
+    def note(adapter_hash, state, *_):
+        if events is not None:
+            events.append((adapter_hash, state))
+        sizes[adapter_hash] = state
+
+    return AdapterTiers(read or default_read, lambda host_adapter: host_adapter, host, device, note)
+
+
+def ref(name, size=10):
+    return AdapterRef(name, str(size), name)
+
+
+def settle(tiers, *hashes, state="host"):
+    failed = []
+    deadline = time.monotonic() + 5
+    while any(tiers.state(h) != state for h in hashes):
+        assert time.monotonic() < deadline, {h: tiers.state(h) for h in hashes}
+        tiers.arrived.wait(0.05)
+        failed += tiers.poll()
+    return failed
+
+
+def test_an_adapter_goes_up_and_comes_down():
+    events = []
+    tiers = make_tiers(device=20, events=events)
+    for name in "abc":
+        tiers.want(ref(name))
+    settle(tiers, "a", "b", "c")
+    assert tiers.acquire("a") and tiers.acquire("b")
+    assert not tiers.acquire("c")  # both others are pinned
+    tiers.release("a")
+    assert tiers.acquire("c")
+    assert (tiers.state("a"), tiers.state("c")) == ("host", "device")
+    assert tiers.device.used_bytes == 20 and tiers.host.used_bytes == 30
+    assert events.count(("a", "loading")) == 1 and ("a", "device") in events and events[-2:] == [("a", "host"), ("c", "device")]
+
+
+def test_many_who_want_one_read_it_once():
+    reads, gate = [], threading.Event()
+
+    def read(r):
+        reads.append(r.hash)
+        gate.wait(5)
+        return SimpleNamespace(bytes=1)
+
+    tiers = make_tiers(read=read)
+    for _ in range(20):
+        tiers.want(ref("a"))
+    gate.set()
+    settle(tiers, "a")
+    assert reads == ["a"]
+
+
+def test_host_tier_keeps_what_is_wanted_and_evicts_the_rest():
+    tiers = make_tiers(host=25)
+    tiers.want(ref("a"))
+    settle(tiers, "a")
+    tiers.unwant("a")
+    tiers.want(ref("b"))
+    tiers.want(ref("c"))
+    settle(tiers, "b", "c")
+    assert tiers.state("a") == "absent"
+    tiers.want(ref("d"))
+    settle(tiers, "d")
+    assert tiers.host.used_bytes == 30  # over budget, since three are in use
+    tiers.unwant("b")
+    tiers.want(ref("e"))
+    settle(tiers, "e")
+    assert tiers.state("b") == "absent" and tiers.state("c") == "host"
+
+
+def test_what_is_used_often_outlives_what_is_not():
+    tiers = make_tiers(device=20)
+    for name in "abc":
+        tiers.want(ref(name))
+    settle(tiers, "a", "b", "c")
+    for entry in tiers._entries.values():
+        entry.load_s = 1.0
+    for _ in range(10):
+        assert tiers.acquire("a")
+        tiers.release("a")
+    assert tiers.acquire("b")
+    tiers.release("b")
+    assert tiers.acquire("c")
+    assert (tiers.state("a"), tiers.state("b")) == ("device", "host")
+
+
+def test_forgotten_at_once_or_after_the_last_use():
+    tiers = make_tiers()
+    tiers.want(ref("a"))
+    settle(tiers, "a")
+    assert tiers.acquire("a")
+    tiers.forget("a")
+    assert tiers.state("a") == "device"
+    tiers.release("a")
+    tiers.unwant("a")
+    assert tiers.state("a") == "absent" and tiers.device.used_bytes == tiers.host.used_bytes == 0
+    tiers.prefetch(ref("b"))
+    settle(tiers, "b")
+    tiers.forget("b")
+    assert tiers.state("b") == "absent" and not tiers._entries
+
+
+@pytest.mark.parametrize("error", [AdapterRefused("lora_A of x is corrupt"), OSError("gone")])
+def test_a_failed_read_is_reported_and_tried_again(error):
+    answers = [error, SimpleNamespace(bytes=1)]
+
+    def read(_):
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    tiers = make_tiers(read=read)
+    tiers.want(ref("a"))
+    deadline = time.monotonic() + 5
+    failed = []
+    while not failed and time.monotonic() < deadline:
+        tiers.arrived.wait(0.05)
+        failed = tiers.poll()
+    assert failed == [("a", error)] and tiers.state("a") == "absent"
+    tiers.unwant("a")
+    tiers.want(ref("a"))
+    settle(tiers, "a")
+
+
+def test_an_adapter_that_can_never_fit_is_refused():
+    tiers = make_tiers(host=1000, device=50)
+    tiers.want(ref("big", 51))
+    deadline = time.monotonic() + 5
+    failed = []
+    while not failed and time.monotonic() < deadline:
+        tiers.arrived.wait(0.05)
+        failed = tiers.poll()
+    assert "51 bytes" in str(failed[0][1]) and "50" in str(failed[0][1])
+
+
+def test_a_step_does_not_get_slower_with_thousands_of_adapters():
+    tiers = make_tiers(host=10**6, device=10 * 100)
+    names = [f"a{i}" for i in range(3000)]
+    for name in names:
+        tiers.want(ref(name))
+    settle(tiers, *names)
+    compared = 0
+    original = tiers.device.pop_victim
+
+    def counted(entries, evictable):
+        nonlocal compared
+
+        def count(entry):
+            nonlocal compared
+            compared += 1
+            return evictable(entry)
+
+        return original(entries, count)
+
+    tiers.device.pop_victim = counted
+    for name in names:
+        assert tiers.acquire(name)
+        tiers.release(name)
+    assert tiers.device.count == 100
+    assert compared <= len(names)  # each eviction looked at one adapter, not at all of them
