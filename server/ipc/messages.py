@@ -1,7 +1,5 @@
 """The messages of the two processes. API to engine: `ToEngine`; engine to API: `FromEngine`. msgpack, tagged by class name."""
 
-from typing import Union
-
 import msgspec
 
 from server.types import AdapterRef, BaseLayout, EngineRequest, SequenceOutput
@@ -106,8 +104,8 @@ class Died(msgspec.Struct, tag=True, frozen=True):
     reason: str
 
 
-ToEngine = Union[Submit, Abort, Prefetch, Forget, Shutdown]
-FromEngine = Union[Starting, Ready, StepOutputs, AdapterEvent, Heartbeat, Died]
+ToEngine = Submit | Abort | Prefetch | Forget | Shutdown
+FromEngine = Starting | Ready | StepOutputs | AdapterEvent | Heartbeat | Died
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine = msgspec.msgpack.Decoder(ToEngine)

@@ -21,6 +21,7 @@ from server.ipc.messages import FromEngine, ToEngine, decode_from_engine, decode
 _TO_ENGINE = ".to-engine"
 _TO_API = ".to-api"
 _PR_SET_PDEATHSIG = 1
+_FIRST_SEND_MS = 200
 
 
 class PeerLost(ConnectionError):
@@ -51,17 +52,22 @@ class EngineSocket:
         self._out_context = zmq.Context()  # not asyncio's: sending never waits
         self._out = _open(self._out_context, zmq.PUSH)
         self._out.bind(address + _TO_ENGINE)
+        self._has_sent = False
 
     def send(self, message: ToEngine) -> None:
         """Send without waiting. PeerLost if no engine is connected."""
+        # Its first message may come a moment before its other connection is up; after that there is nothing to wait for.
+        if not self._has_sent:
+            self._out.poll(_FIRST_SEND_MS, zmq.POLLOUT)
         try:
             self._out.send(encode(message), zmq.NOBLOCK)
         except zmq.ZMQError:
             raise PeerLost("no engine is connected") from None
+        self._has_sent = True
 
     async def receive(self) -> FromEngine:
         """The next message. msgspec.ValidationError if the engine speaks another version."""
-        return decode_from_engine(await self._in.recv())
+        return decode_from_engine(await self._in.recv())  # type: ignore[misc]  # pyzmq's own types forget the asyncio socket
 
     def close(self) -> None:
         """Drop both sockets and what is still queued in them."""
@@ -95,7 +101,7 @@ class ApiSocket:
 
     def receive(self, timeout_s: float = 0.0) -> list[ToEngine]:
         """All messages that are there, waiting at most `timeout_s` for the first. PeerLost when the API is gone."""
-        ready = dict(self._poller.poll(timeout_s * 1000))
+        ready = dict(self._poller.poll(int(timeout_s * 1000)))
         if self._monitor in ready:
             self._watch_peer()
         if not self._connected and time.monotonic() > self._give_up_at:

@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from server.adapters.pack import write_pack
 from server.types import AdapterRef, BaseLayout
-from tests.server.engine.tiny_models import make_model
+from tests.server.engine.tiny_models import DEVICE, make_model
 
 
 def save_adapter(folder: Path, model_type: str, *, seed: int = 1, model_changes: dict | None = None, resize: int = 0, **config) -> Path:
@@ -21,7 +21,7 @@ def save_adapter(folder: Path, model_type: str, *, seed: int = 1, model_changes:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                noise = torch.randn(parameter.shape, generator=generator)
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
                 if "magnitude" in name:
                     parameter.mul_(1 + 0.3 * noise.abs())
                 elif "lora_" in name:
@@ -37,7 +37,7 @@ def load_reference(folder: Path, model_type: str, *, model_changes: dict | None 
     base = make_model(model_type, **(model_changes or {}))
     if resize:
         base.resize_token_embeddings(base.config.vocab_size + resize, mean_resizing=False)
-    return PeftModel.from_pretrained(base, folder).eval()
+    return PeftModel.from_pretrained(base, folder).eval().to(DEVICE)
 
 
 def pack(folder: Path, layout: BaseLayout, out: Path) -> AdapterRef:

@@ -9,7 +9,7 @@ from server.engine.core import run_until_idle
 from server.model.attention import ATTENTION_NAME
 from server.types import EngineRequest, SamplingParams
 from tests.server.engine.peft_oracle import load_reference, pack, save_adapter
-from tests.server.engine.tiny_models import VOCAB, make_engine, make_model
+from tests.server.engine.tiny_models import DEVICE, VOCAB, make_engine, make_model
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LLAMA_KINDS = {
@@ -87,8 +87,8 @@ def serve_and_compare(model_type, kinds, tmp_path, **model_changes):
         )
         tokens = [t for o in mine for t in o.token_ids]
         with torch.inference_mode():
-            expected = reference(torch.tensor([prompt + tokens[:-1]])).logits[0].log_softmax(-1)
-            without = plain(torch.tensor([[min(t, VOCAB - 1) for t in prompt]])).logits[0].log_softmax(-1)
+            expected = reference(torch.tensor([prompt + tokens[:-1]], device=DEVICE)).logits[0].log_softmax(-1).cpu()
+            without = plain(torch.tensor([[min(t, VOCAB - 1) for t in prompt]], device=DEVICE)).logits[0].log_softmax(-1).cpu()
         assert tokens == expected[len(prompt) - 1 :].argmax(-1).tolist(), name
         for step, output in enumerate(mine):
             got = torch.tensor([value for _, value in sorted(output.logprobs[0].top)])

@@ -8,7 +8,7 @@ import torch
 from server.engine.core import run_until_idle
 from server.model.architectures import VERIFIED
 from server.types import EngineRequest, SamplingParams
-from tests.server.engine.tiny_models import CONFIGS, VOCAB, make_engine, make_pair
+from tests.server.engine.tiny_models import CONFIGS, DEVICE, VOCAB, make_engine, make_pair
 
 PROMPT_LENS = (1, 5, 23, 37, 16)
 NUM_NEW = 6
@@ -38,7 +38,7 @@ def test_equals_eager(model_type):
         tokens = [t for o in mine for t in o.token_ids]
         got = [p.logprob for p in mine[0].prompt_logprobs[1:]] + [p.logprob for o in mine for p in o.logprobs]
         text = prompt + tokens
-        logprobs = reference(torch.tensor([text[:-1]])).logits[0].log_softmax(-1)
+        logprobs = reference(torch.tensor([text[:-1]], device=DEVICE)).logits[0].log_softmax(-1).cpu()
         expected = logprobs[torch.arange(len(text) - 1), text[1:]]
         assert tokens == logprobs[len(prompt) - 1 :].argmax(-1).tolist()
         assert torch.allclose(torch.tensor(got), expected, atol=5e-5), (torch.tensor(got) - expected).abs().max()

@@ -1,5 +1,7 @@
 """A tiny random model of every architecture that is served, and what plain eager Hugging Face says about it."""
 
+import os
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -10,6 +12,7 @@ from server.model.base import BaseModel
 from server.types import EngineOptions
 
 VOCAB = 97
+DEVICE = torch.device(os.environ.get("MANYLORA_TEST_DEVICE", "cpu"))  # "cuda" runs the same tests on a GPU, oracle included
 _LLAMA = dict(
     vocab_size=VOCAB,
     hidden_size=32,
@@ -85,7 +88,7 @@ def make_model(model_type: str, *, seed: int = 0, attention: str = "eager", **ch
                 parameter.normal_(0, 0.15)
             elif "sinks" in name or "bias" in name:
                 parameter.normal_(0, 0.5)
-    return model
+    return model.to(DEVICE)
 
 
 def make_engine(model: torch.nn.Module, **changes) -> tuple[EngineCore, BaseModel]:

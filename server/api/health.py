@@ -1,0 +1,100 @@
+"""Routes about the server itself: is it well, what does it serve, how much did it do.
+
+Owns no state; the engine client, the settings and the metrics do.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from server.api.body import body_docs, read_body
+from server.api.schemas_native import TokenizeRequest, TokenizeResponse
+from server.api.state import Api, ApiState
+from server.api.stream import json_response
+from server.metrics import CONTENT_TYPE
+from server.sources import FACTORIES
+
+router = APIRouter(tags=["server"])
+_ENGINE_FACTS = ("device", "num_blocks", "block_size", "adapter_bytes", "start_s", "versions")
+
+
+def product_version() -> str:
+    """Of the installed package; "0" in a bare checkout."""
+    try:
+        return version("manylora")
+    except PackageNotFoundError:
+        return "0"
+
+
+@router.get("/health", summary="200 while the engine answers, else 503 with the reason")
+@router.get("/ping", summary="SageMaker's name of /health")
+@router.get("/", summary="LoRAX's other name of /health")
+async def health(api: ApiState) -> Response:
+    """The engine's heartbeat, not the web server's: the step loop must have moved on within its deadline."""
+    reason = "the server is shutting down" if api.admission.draining else api.engine.unhealthy_reason()
+    if reason is None:
+        return Response(status_code=200)
+    return json_response({"error": f"unhealthy: {reason}", "error_type": "healthcheck"}, status=503, headers={"retry-after": "1"})
+
+
+@router.get("/info")
+async def info(api: ApiState) -> Response:
+    """LoRAX's keys, and what the engine decided."""
+    settings, ready, limits = api.settings, api.engine.last_ready, api.limits()
+    answer: dict[str, Any] = {
+        "model_id": api.model.name,
+        "model_sha": api.model.revision or None,
+        "model_dtype": f"torch.{ready.layout.dtype}" if ready is not None else None,
+        "model_device_type": ready.device.split(":")[0] if ready is not None else None,
+        "model_pipeline_tag": "text-generation",
+        "max_concurrent_requests": settings.max_concurrent_requests,
+        "max_best_of": settings.max_best_of,
+        "max_stop_sequences": settings.max_stop_sequences,
+        "max_input_length": limits.max_input_length,
+        "max_total_tokens": limits.max_total_tokens,
+        "max_batch_total_tokens": ready.num_blocks * ready.block_size if ready is not None else None,
+        "max_batch_prefill_tokens": settings.max_batch_prefill_tokens,
+        "version": product_version(),
+        "sha": None,
+        "docker_label": None,
+        "architecture": api.model.architecture,
+        "adapter_source": api.source(None),
+        "adapter_sources": sorted(FACTORIES),
+        "engine": {name: getattr(ready, name) for name in _ENGINE_FACTS} if ready is not None else None,
+    }
+    return json_response(answer)
+
+
+@router.get("/metrics")
+async def metrics(api: ApiState) -> Response:
+    """Prometheus' text format."""
+    return Response(api.metrics.render(), headers={"content-type": CONTENT_TYPE})
+
+
+@router.get("/v1/models")
+async def models(api: ApiState) -> Response:
+    """The base. An adapter is a model too, by its id; there may be thousands, so they are not listed."""
+    return json_response({"object": "list", "data": [_model(api)]})
+
+
+def _model(api: Api) -> dict[str, Any]:
+    return {
+        "id": api.model.name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "manylora",
+        "root": api.model.name,
+        "parent": None,
+        "max_model_len": api.limits().max_total_tokens,
+    }
+
+
+@router.post("/tokenize", response_model=list[TokenizeResponse], openapi_extra=body_docs(TokenizeRequest))
+async def tokenize(request: Request, api: ApiState) -> Response:
+    """The base tokenizer's tokens of a text."""
+    settings = api.settings
+    body = await read_body(request, TokenizeRequest, max_bytes=settings.max_body_bytes, ignore_unknown=settings.lorax_strict)
+    tokens = api.model.tokenizer.encode_with_offsets(body.inputs, add_special_tokens=body.add_special_tokens)
+    return json_response([{"id": id, "text": text, "start": start, "stop": stop} for id, text, start, stop in tokens])

@@ -1,0 +1,175 @@
+"""POST /v1/completions: text in, text on, as OpenAI's API has it.
+
+Owns the four shapes of a prompt, echo, best_of and the legacy form of log probabilities.
+"""
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from server.api.adapters import ResolvedAdapter
+from server.api.body import body_docs, read_body
+from server.api.generation import fit
+from server.api.openai_common import Job, Prompts, check_common, event_stream, finish_of, prepared, recorded, usage_of
+from server.api.record import Record
+from server.api.render_native import with_chosen
+from server.api.sampling import Wishes, refuse
+from server.api.schemas_openai import CompletionRequest, CompletionResponse, OpenAIError
+from server.api.sequence import TextSequence, Token
+from server.api.state import Api, ApiState
+from server.api.stream import DONE, event, json_response, unless_gone
+from server.api.text.tokenizer import Tokenizer
+from server.types import Logprob
+
+router = APIRouter(tags=["openai"])
+DEFAULT_MAX_TOKENS = 16
+MAX_PROMPTS = 256
+_ERRORS: dict[int | str, Any] = {status: {"model": OpenAIError} for status in (400, 404, 413, 415, 424, 429, 500, 503)}
+
+
+@router.post("/v1/completions", response_model=CompletionResponse, responses=_ERRORS, openapi_extra=body_docs(CompletionRequest))
+async def completions(request: Request, api: ApiState) -> Response:
+    """Go on with a prompt, or with several."""
+    api.admission.check()
+    settings = api.settings
+    body = await read_body(request, CompletionRequest, max_bytes=settings.max_body_bytes, ignore_unknown=settings.lorax_strict)
+    record = Record(api.metrics, request.url.path, api.model.name)
+    if body.stream:
+        return event_stream(api, record, _events(request, api, body, record))
+
+    async def work() -> Response:
+        async with recorded(record), _prepared(request, api, body, record) as job:
+            await job.generation.run()
+            chosen = job.generation.best(body.n or 1)
+            choices = [_choice(body, job, sequence, index) for index, sequence in enumerate(chosen)]
+            answer = _envelope(job) | {"choices": choices, "usage": usage_of(job.generation)}
+            return json_response(answer, headers=record.headers(api.compute_type))
+
+    return await unless_gone(request, work())
+
+
+async def _events(request: Request, api: Api, body: CompletionRequest, record: Record) -> AsyncGenerator[bytes, None]:
+    with_usage = body.stream_options is not None and body.stream_options.include_usage
+    async with recorded(record), _prepared(request, api, body, record) as job, aclosing(job.generation.tokens()) as tokens:
+        envelope = _envelope(job) | ({"usage": None} if with_usage else {})
+        shown: dict[int, int] = {}
+        async for sequence, token in tokens:
+            first = sequence.index not in shown
+            offset = shown.get(sequence.index, 0)
+            text = (_echoed(body, job, sequence) if first else "") + ("" if _only_echo(body) else token.text)
+            shown[sequence.index] = offset + len(text)
+            if not text and sequence.finish_reason is None and body.logprobs is None:
+                continue
+            logprobs = None
+            if body.logprobs is not None:
+                prompt_logprobs = sequence.prompt_logprobs if first and body.echo else None
+                logprobs = logprobs_of(job.tokenizer, prompt_logprobs, [] if _only_echo(body) else [token], offset)
+            choice = {"index": sequence.index, "text": text, "logprobs": logprobs, "finish_reason": finish_of(sequence.finish_reason)}
+            yield event(envelope | {"choices": [choice]})
+        if with_usage:
+            yield event(envelope | {"choices": [], "usage": usage_of(job.generation)})
+        yield DONE
+
+
+def _prepared(request: Request, api: Api, body: CompletionRequest, record: Record) -> Any:
+    """Everything up to the engine; raises ServerError for what is wrong."""
+    only_echo = _only_echo(body)
+    best_of = body.best_of
+    if best_of is not None and best_of < (body.n or 1):
+        raise refuse(f"`best_of` must be >= `n`. Given: {best_of} and {body.n or 1}", "best_of")
+    if body.stream and best_of is not None and best_of > (body.n or 1):
+        raise refuse("`best_of` > `n` is not supported when streaming tokens", "best_of")
+    max_tokens = 1 if only_echo else DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    wishes = check_common(
+        body, api, best_of=best_of, num_alternatives=body.logprobs, max_tokens=max_tokens, names=("max_tokens", "logprobs")
+    )
+    samples = max(best_of or 1, body.n or 1)
+    prompts = _prompts(body.prompt)
+    if len(prompts) > MAX_PROMPTS:
+        raise refuse(f"`prompt` takes up to {MAX_PROMPTS} prompts. Given: {len(prompts)}", "prompt")
+    needs_logprobs = body.logprobs is not None or samples > (body.n or 1)
+    return prepared(
+        request, api, body, record, samples=samples, num_prompts=len(prompts), wishes=wishes,
+        tokenize=partial(_tokenize, api, prompts, wishes, only_echo), num_logprobs=(body.logprobs or 0) if needs_logprobs else -1,
+        num_prompt_logprobs=body.logprobs if body.logprobs is not None and body.echo else -1, id_prefix="cmpl",
+    )  # fmt: skip
+
+
+def _only_echo(body: CompletionRequest) -> bool:
+    """max_tokens 0 with echo: score the prompt. The engine makes at least one token, which is not shown."""
+    return body.max_tokens == 0 and bool(body.echo)
+
+
+def _prompts(prompt: Any) -> list[Any]:
+    """One entry a prompt: a text, or its token ids."""
+    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
+
+
+async def _tokenize(api: Api, prompts: Sequence[Any], wishes: Wishes, only_echo: bool, adapter: ResolvedAdapter | None) -> Prompts:
+    tokenizer, limits = api.tokenizer(adapter), api.limits()
+    ids, texts = [], []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            ids.append(await api.encode(tokenizer, prompt))
+            texts.append(prompt)
+        else:
+            wrong = next((id for id in prompt if not 0 <= id < tokenizer.num_ids), None)
+            if wrong is not None:
+                raise refuse(f"`prompt` token ids must be from 0 to {tokenizer.num_ids - 1}. Given: {str(wrong)[:32]}", "prompt")
+            ids.append(prompt)
+            texts.append(tokenizer.decode(prompt, skip_special_tokens=False))
+    rooms = [fit(prompt, wishes.max_new_tokens, limits, prompt_name="prompt", max_name="max_tokens") for prompt in ids]
+    return Prompts(ids, texts, rooms)
+
+
+def _envelope(job: Job) -> dict[str, Any]:
+    return {"id": job.id, "object": "text_completion", "created": job.created, "model": job.model}
+
+
+def _echoed(body: CompletionRequest, job: Job, sequence: TextSequence) -> str:
+    return job.prompts.texts[sequence.index // job.generation.plan.samples] if body.echo else ""
+
+
+def _choice(body: CompletionRequest, job: Job, sequence: TextSequence, index: int) -> dict[str, Any]:
+    only_echo = _only_echo(body)
+    logprobs = None
+    if body.logprobs is not None:
+        prompt_logprobs = sequence.prompt_logprobs if body.echo else None
+        logprobs = logprobs_of(job.tokenizer, prompt_logprobs, [] if only_echo else sequence.tokens, 0)
+    return {
+        "index": index,
+        "text": _echoed(body, job, sequence) + ("" if only_echo else sequence.text),
+        "logprobs": logprobs,
+        "finish_reason": "length" if only_echo else finish_of(sequence.finish_reason),
+    }
+
+
+def logprobs_of(tokenizer: Tokenizer, prompt: Sequence[Logprob] | None, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
+    """OpenAI's legacy log probabilities, of the prompt (with echo) and the generated tokens. `offset`: characters before the first."""
+    entries: list[Logprob | None] = [*(prompt or []), *(token.logprob for token in tokens)]
+    texts = [tokenizer.token_text(entry.token_id) for entry in prompt or []] + [token.spelled for token in tokens]
+    lengths = [len(text) for text in texts[: len(prompt or [])]] + [len(token.text) for token in tokens]
+    offsets = []
+    for length in lengths:
+        offsets.append(offset)
+        offset += length
+    return {
+        "tokens": texts,
+        "token_logprobs": [finite(entry.logprob) if entry is not None else None for entry in entries],
+        "top_logprobs": [
+            {tokenizer.token_text(id): finite(value) for id, value in reversed(with_chosen(entry))}
+            if entry is not None and entry.logprob is not None
+            else None
+            for entry in entries
+        ],
+        "text_offset": offsets,
+    }
+
+
+def finite(value: float | None) -> float | None:
+    """JSON has no minus infinity."""
+    return None if value is None else max(value, -9999.0)

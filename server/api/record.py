@@ -1,0 +1,164 @@
+"""The life of one request in numbers: metrics, one log line, LoRAX's timing headers. Never prompts, tokens or secrets.
+
+Owns the request's id and its moments. Each generating route makes one Record and tells it how things go.
+"""
+
+import logging
+import time
+import uuid
+from collections.abc import Mapping
+
+from server.api.adapters import AdapterSelection
+from server.api.body import ClientGone
+from server.api.generation import Generation
+from server.errors import (
+    AdapterNotFound,
+    AdapterRefused,
+    IncompleteGeneration,
+    Overloaded,
+    ServerError,
+    SourceUnavailable,
+    TemplateFailed,
+    Unavailable,
+)
+from server.metrics import Metrics
+
+log = logging.getLogger("server.api.request")
+
+_CAUSES: tuple[tuple[type[ServerError], str], ...] = (
+    (Overloaded, "overloaded"),
+    (Unavailable, "unavailable"),
+    (TemplateFailed, "template"),
+    (IncompleteGeneration, "incomplete"),
+    (AdapterNotFound, "download_adapter"),
+    (AdapterRefused, "download_adapter"),
+    (SourceUnavailable, "download_adapter"),
+)
+
+
+class Record:
+    """One request from arrival to its last byte; ends exactly once."""
+
+    def __init__(self, metrics: Metrics, route: str, model_name: str) -> None:
+        self.id = uuid.uuid4().hex
+        self.arrived_at = time.monotonic()
+        self.submitted_at: float | None = None
+        self._metrics, self._route, self._model_name = metrics, route, model_name
+        self._selection: AdapterSelection | None = None
+        self._generation: Generation | None = None
+        self._num_prompt_chars = 0
+        self._ended = False
+        metrics.request_count.inc()
+
+    def chose(self, selection: AdapterSelection | None) -> None:
+        """The request names this adapter."""
+        self._selection = selection
+
+    def submitted(self, generation: Generation, num_prompt_chars: int) -> None:
+        """Checked, tokenized, on its way to the engine."""
+        self._generation, self._num_prompt_chars = generation, num_prompt_chars
+        self.submitted_at = time.monotonic()
+        self._metrics.validation_duration.observe(self.submitted_at - self.arrived_at)
+        self._metrics.input_length.observe(generation.num_prompt_tokens)
+        self._metrics.max_new_tokens.observe(max(generation.plan.max_new_tokens))
+
+    def succeeded(self) -> None:
+        """Answered in full."""
+        if self._ended or self._generation is None:
+            return
+        metrics, times = self._metrics, self._times()
+        metrics.request_success.inc()
+        metrics.queue_duration.observe(times["queue"])
+        metrics.inference_duration.observe(times["inference"])
+        metrics.time_per_token.observe(times["per_output_token"])
+        metrics.time_to_first_token.observe(times["first_token"])
+        metrics.generated_tokens.observe(self._generation.num_generated_tokens)
+        reasons = ",".join(sorted({sequence.finish_reason or "none" for sequence in self._generation.sequences}))
+        self._end(200, f"finish={reasons}")
+
+    def failed(self, error: BaseException) -> None:
+        """Ended by `error`; anything but a ServerError is a fault of ours and is logged with its traceback."""
+        if self._ended:
+            return
+        if isinstance(error, ServerError):
+            cause = next((cause for kind, cause in _CAUSES if isinstance(error, kind)), None)
+            self._metrics.failed(cause or (error.error_type if error.error_type in ("validation", "generation") else "internal"))
+            self._end(error.status, f"error={type(error).__name__}")
+        elif isinstance(error, Exception) and not isinstance(error, ClientGone):
+            self._metrics.failed("internal")
+            log.error("request %s failed", self.id, exc_info=error)
+            self._end(500, f"error={type(error).__name__}")
+        else:  # the client is gone, or we are shutting down
+            self._metrics.failed("dropped")
+            self._end(499, "dropped")
+
+    def _end(self, status: int, outcome: str) -> None:
+        self._ended = True
+        total_s = time.monotonic() - self.arrived_at
+        self._metrics.request_duration.observe(total_s)
+        generation = self._generation
+        log.info(
+            "%s %s status=%d %s adapter=%s prompt_tokens=%d generated_tokens=%d total_ms=%d", self._route, self.id, status, outcome,
+            _ascii(",".join(self._selection.ids)) if self._selection is not None else "-",
+            generation.num_prompt_tokens if generation else 0, generation.num_generated_tokens if generation else 0, total_s * 1000,
+        )  # fmt: skip
+
+    def _times(self) -> dict[str, float]:
+        """Seconds by phase; of several sequences the slowest counts."""
+        generation = self._generation
+        assert generation is not None and self.submitted_at is not None
+        now = time.monotonic()
+        first_at = min((s.first_token_at for s in generation.sequences if s.first_token_at is not None), default=now)
+        end_at = max((s.finished_at for s in generation.sequences if s.finished_at is not None), default=now)
+        queue = max((s.queued_s for s in generation.sequences), default=0.0)
+        num = max((len(s.tokens) for s in generation.sequences), default=0)
+        return {
+            "total": now - self.arrived_at,
+            "validation": self.submitted_at - self.arrived_at,
+            "queue": queue,
+            "inference": max(0.0, end_at - self.submitted_at - queue),
+            "first_token": first_at - self.arrived_at,
+            "per_output_token": (end_at - first_at) / (num - 1) if num > 1 else 0.0,
+        }
+
+    def headers(self, compute_type: str) -> Mapping[str, str]:
+        """LoRAX's response headers of a finished generation; times in whole milliseconds."""
+        generation, times = self._generation, self._times()
+        assert generation is not None
+        num_tokens = max(1, generation.num_generated_tokens)
+        return {
+            **self.stream_headers(compute_type),
+            "x-compute-time": _ms(times["total"]),
+            "x-total-time": _ms(times["total"]),
+            "x-prompt-tokens": str(generation.num_prompt_tokens),
+            "x-generated-tokens": str(generation.num_generated_tokens),
+            "x-skipped-tokens": "0",
+            "x-total-tokens": str(generation.num_prompt_tokens + generation.num_generated_tokens),
+            "x-validation-time": _ms(times["validation"]),
+            "x-queue-time": _ms(times["queue"]),
+            "x-inference-time": _ms(times["inference"]),
+            "x-time-per-token": _ms(times["inference"] / num_tokens),
+            "x-time-to-first-token": _ms(times["first_token"]),
+            "x-time-per-output-token": _ms(times["per_output_token"]),
+        }
+
+    def stream_headers(self, compute_type: str) -> dict[str, str]:
+        """Those that are known before the first token."""
+        headers = {
+            "x-compute-type": compute_type,
+            "x-compute-characters": str(self._num_prompt_chars),
+            "x-model-id": _ascii(self._model_name),
+            "x-request-id": self.id,
+        }
+        if self._selection is not None:
+            headers |= {"x-adapter-id": _ascii(",".join(self._selection.ids)), "x-adapter-source": self._selection.source}
+        return headers
+
+
+def _ms(seconds: float) -> str:
+    return str(int(seconds * 1000))
+
+
+def _ascii(text: str) -> str:
+    """Header values are latin-1 without control characters; everything else is spelled out."""
+    return "".join(c if " " <= c <= "~" else f"%{c.encode().hex()}" for c in text)

@@ -1,0 +1,70 @@
+"""uvicorn with our end: SIGTERM drains, a second signal or the drain's timeout stops, an engine that cannot start stops too.
+
+Owns the order of the end: new requests 503 while the port still answers, running ones finish, then the port closes, then the engine stops.
+`server.__main__` runs it.
+"""
+
+import asyncio
+import logging
+from types import FrameType
+
+import uvicorn
+
+from server.api.app import make_app
+from server.api.state import Api
+from server.errors import Unavailable
+
+log = logging.getLogger(__name__)
+
+_CLOSE_TIMEOUT_S = 5
+
+
+class DrainingServer(uvicorn.Server):
+    """Serves `api` until it is told to stop; `exit_code` is then what the process should return."""
+
+    def __init__(self, api: Api) -> None:
+        super().__init__(
+            uvicorn.Config(
+                make_app(api),
+                host=api.settings.hostname,
+                port=api.settings.port,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=75,
+                timeout_graceful_shutdown=_CLOSE_TIMEOUT_S,
+            )
+        )
+        self.exit_code = 0
+        self._api = api
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._drain: asyncio.Task[None] | None = None
+
+    async def _serve(self, sockets: list | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super()._serve(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, the second one stops at once."""
+        if self._loop is None or self._api.admission.draining:
+            self.should_exit = True
+            return
+        self._api.admission.draining = True
+        log.info("draining: running requests have %.0f s", self._api.settings.drain_timeout_s)
+        self._loop.call_soon_threadsafe(self._start_drain)
+
+    def _start_drain(self) -> None:
+        self._drain = asyncio.create_task(self._drain_and_exit())
+
+    async def _drain_and_exit(self) -> None:
+        if not await self._api.admission.drain(self._api.settings.drain_timeout_s):
+            log.warning("requests are still running after the drain's timeout; they are ended")
+            self._api.engine.fail_open(Unavailable("the server is shutting down"))
+            await self._api.admission.drain(1.0)
+        self.should_exit = True
+
+    def on_fatal(self, reason: str) -> None:
+        """The engine cannot start."""
+        log.error("cannot serve: %s", reason)
+        self.exit_code = 1
+        self.should_exit = True

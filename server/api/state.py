@@ -1,0 +1,110 @@
+"""What the routes work with: one object, made by api.app, read by all routes through `get_api`.
+
+Owns nothing itself but the short steps that several routes share: adapter resolved, prompt tokenized, chat rendered.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+
+from server.api.adapters import AdapterResolver, AdapterSelection, ResolvedAdapter
+from server.api.admission import Admission
+from server.api.base_model import ServedModel
+from server.api.engine import EngineClient
+from server.api.sampling import Limits
+from server.api.text.template_worker import TemplateWorkers
+from server.api.text.templates import render
+from server.api.text.tokenizer import Tokenizer
+from server.errors import TemplateFailed, Unavailable, ValidationFailed
+from server.metrics import Metrics
+from server.settings import Settings
+from server.sources import canonical_name
+
+_INLINE_CHARS = 4096  # a longer text is tokenized in a thread
+
+
+@dataclass(frozen=True)
+class Api:
+    """The parts of the API process. `settings` are resolved: nothing in them is None that a route needs."""
+
+    settings: Settings
+    model: ServedModel
+    engine: EngineClient
+    adapters: AdapterResolver
+    templates: TemplateWorkers
+    admission: Admission
+    metrics: Metrics
+
+    @property
+    def compute_type(self) -> str:
+        """LoRAX's x-compute-type."""
+        ready = self.engine.last_ready
+        return "gpu+optimized" if ready is not None and ready.device.startswith("cuda") else "cpu"
+
+    def limits(self) -> Limits:
+        """Bounds of this server; the engine's own is among them once it is ready."""
+        settings, ready = self.settings, self.engine.last_ready
+        assert settings.max_total_tokens is not None and settings.max_input_length is not None
+        total = min(settings.max_total_tokens, ready.max_sequence_len if ready is not None else settings.max_total_tokens)
+        return Limits(
+            max_best_of=settings.max_best_of,
+            max_stop_sequences=settings.max_stop_sequences,
+            max_top_logprobs=settings.max_top_logprobs,
+            max_input_length=min(settings.max_input_length, total - 1),
+            max_total_tokens=total,
+            vocab_size=ready.layout.vocab_size if ready is not None else self.model.tokenizer.num_ids,
+        )
+
+    def source(self, name: str | None) -> str:
+        """The canonical name of the source that a request means. ValidationFailed if there is none of that name."""
+        try:
+            return canonical_name(name or self.settings.default_adapter_source or self.settings.adapter_source)
+        except ValidationFailed as error:
+            raise ValidationFailed(f"`adapter_source`: {error.message}", param="adapter_source") from None
+
+    async def resolve(self, selection: AdapterSelection | None) -> ResolvedAdapter | None:
+        """The adapter on disk; None is the base. Unavailable until the engine has said what the base looks like."""
+        if selection is None:
+            return None
+        ready = self.engine.ready
+        if ready is None:
+            raise Unavailable(self.engine.unhealthy_reason() or "the engine is not ready", retry_after_s=5.0)
+        return await self.adapters.resolve(selection, ready.layout)
+
+    def tokenizer(self, adapter: ResolvedAdapter | None) -> Tokenizer:
+        """Of the adapter, or of the base."""
+        return adapter.tokenizer if adapter is not None else self.model.tokenizer
+
+    async def encode(self, tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids; a long text does not hold up the event loop."""
+        if len(text) <= _INLINE_CHARS:
+            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+    async def render_chat(self, adapter: ResolvedAdapter | None, messages: Sequence[dict[str, Any]], variables: dict[str, Any]) -> str:
+        """The prompt that the chat template makes of the messages. TemplateFailed if there is none or it refuses them."""
+        tokenizer = self.tokenizer(adapter)
+        if tokenizer.chat_template is None:
+            raise TemplateFailed("Template not found")
+        known = {
+            "messages": list(messages),
+            "bos_token": tokenizer.bos_token or "",
+            "eos_token": tokenizer.eos_token or "",
+            "add_generation_prompt": True,
+            "tools": None,
+            "documents": None,
+        }
+        if adapter is not None and adapter.own_template:
+            return await self.templates.render(tokenizer.chat_template, known | variables)
+        return await asyncio.to_thread(render, tokenizer.chat_template, known | variables)
+
+
+def get_api(request: Request) -> Api:
+    """The Api of the app that a request came to."""
+    return request.app.state.api
+
+
+ApiState = Annotated[Api, Depends(get_api)]

@@ -1,0 +1,207 @@
+"""Answers: JSON, errors in both dialects, server-sent events.
+
+Owns the framing and the life of a connection: keep-alive comments, a client that left or does not read, an error before or after the
+headers went out. Does not know what an event says. The routes give it a generator of events.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
+from contextlib import suppress
+from typing import Any, Protocol, TypeVar
+
+from fastapi import Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from server.api.body import ClientGone
+from server.errors import (
+    AdapterNotFound,
+    AdapterRefused,
+    GenerationFailed,
+    ServerError,
+    SourceUnavailable,
+    TemplateFailed,
+    ValidationFailed,
+)
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+class Dialect(Protocol):
+    """How a family of routes words its errors."""
+
+    def __call__(self, error: ServerError) -> tuple[int, dict[str, Any]]:
+        """HTTP status and body."""
+        ...
+
+
+def native_error(error: ServerError) -> tuple[int, dict[str, Any]]:
+    """LoRAX's errors, with LoRAX's beginnings."""
+    message = error.message
+    if isinstance(error, ValidationFailed):
+        message = f"Input validation error: {message}"
+    elif isinstance(error, TemplateFailed):
+        message = f"Failed applying chat template to inputs: {message}"
+    elif isinstance(error, (AdapterNotFound, AdapterRefused, SourceUnavailable, GenerationFailed)):
+        message = f"Request failed during generation: Server error: {message}"
+    return error.status, {"error": message, "error_type": error.error_type}
+
+
+def openai_error(error: ServerError) -> tuple[int, dict[str, Any]]:
+    """OpenAI's errors: 400 for a wrong request, 404 for a model that is not there."""
+    status, kind, code = error.status, "server_error", None
+    if isinstance(error, (ValidationFailed, TemplateFailed)):
+        status, kind = 400, "invalid_request_error"
+    elif isinstance(error, AdapterNotFound):
+        status, kind, code = 404, "invalid_request_error", "model_not_found"
+    elif isinstance(error, AdapterRefused) or 400 <= status < 424:
+        kind = "invalid_request_error"
+    elif status == 429:
+        kind, code = "rate_limit_error", "overloaded"
+    return status, {"error": {"message": error.message, "type": kind, "param": error.param, "code": code}}
+
+
+def error_response(error: ServerError, dialect: Dialect) -> Response:
+    """The error as a whole answer, with Retry-After where trying again may help."""
+    status, body = dialect(error)
+    headers = {"retry-after": str(max(1, round(error.retry_after_s)))} if error.retry_after_s is not None else {}
+    return json_response(body, status=status, headers=headers)
+
+
+def json_response(body: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """`body` as compact JSON; a NaN in it would be a fault of ours and raises."""
+    return Response(dump(body), status_code=status, headers=dict(headers or {}), media_type="application/json")
+
+
+def dump(body: Any) -> bytes:
+    """JSON in UTF-8."""
+    return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", errors="replace")
+
+
+def event(body: Any) -> bytes:
+    """One server-sent event, framed as LoRAX's and OpenAI's servers do."""
+    return b"data: " + dump(body) + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b":\n\n"
+
+
+def internal_error(error: BaseException) -> ServerError:
+    """What a caller hears of a fault of ours: nothing of its inside."""
+    if isinstance(error, ServerError):
+        return error
+    log.error("unexpected error", exc_info=error)
+    return ServerError("internal server error")
+
+
+async def wait_gone(receive: Callable[[], Awaitable[Message]]) -> None:
+    """Returns when the client has closed the connection. The body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of `work`, which is cancelled with ClientGone when the client leaves."""
+    task, gone = asyncio.create_task(work), asyncio.create_task(wait_gone(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.wait({task, gone})
+        if not task.cancelled():
+            task.exception()
+
+
+class EventStream(Response):
+    """Server-sent events from a generator of frames.
+
+    The headers go out with the first event, so that an error before it is an answer with its own status; after `patience_s` without one
+    they go out alone (0: at once, as LoRAX does), and errors become events. A client that leaves, or takes nothing for `write_timeout_s`,
+    closes the generator."""
+
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        *,
+        dialect: Dialect,
+        headers: Callable[[], Mapping[str, str]],
+        keep_alive_s: float,
+        write_timeout_s: float,
+        patience_s: float = 10.0,
+    ) -> None:
+        super().__init__(media_type="text/event-stream")
+        self._events, self._dialect, self._make_headers = events, dialect, headers
+        self._keep_alive_s, self._write_timeout_s, self._patience_s = keep_alive_s, write_timeout_s, patience_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        pump, gone = asyncio.create_task(self._pump(scope, receive, send)), asyncio.create_task(wait_gone(receive))
+        try:
+            await asyncio.wait({pump, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (pump, gone):
+                task.cancel()
+            await asyncio.wait({pump, gone})
+            await self._events.aclose()
+        if not pump.cancelled() and (error := pump.exception()) is not None:
+            raise error
+
+    async def _pump(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = self._patience_s == 0
+        if started:
+            await self._start(send)
+        pending = asyncio.ensure_future(anext(self._events, None))
+        try:
+            while True:
+                wait_s = self._keep_alive_s if started else self._patience_s
+                done, _ = await asyncio.wait({pending}, timeout=wait_s)
+                frame: bytes | None = KEEP_ALIVE if started else b""
+                if done:
+                    try:
+                        frame = pending.result()
+                    except Exception as error:
+                        failure = internal_error(error)
+                        if not started:
+                            await error_response(failure, self._dialect)(scope, receive, send)
+                            return
+                        frame = event(self._dialect(failure)[1])
+                        pending = asyncio.ensure_future(_nothing())
+                    else:
+                        pending = asyncio.ensure_future(anext(self._events, None))
+                if not started:
+                    await self._start(send)
+                    started = True
+                if frame is None:
+                    break
+                if frame:
+                    async with asyncio.timeout(self._write_timeout_s):
+                        await send({"type": "http.response.body", "body": frame, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except TimeoutError:
+            log.info("a client took nothing for %.0f s and was dropped", self._write_timeout_s)
+        finally:
+            pending.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await pending
+
+    async def _start(self, send: Send) -> None:
+        headers = {
+            "content-type": "text/event-stream",
+            "cache-control": "no-cache",
+            "x-accel-buffering": "no",
+            **self._make_headers(),
+        }
+        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": 200, "headers": raw})
+
+
+async def _nothing() -> None:
+    return None

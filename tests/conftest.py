@@ -1,0 +1,17 @@
+"""What several packages of tests share: the embedded model, made once."""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def model_dir() -> Path:
+    """Folder of the embedded model (SmolLM2-135M-Instruct); skipped by name where its package is missing."""
+    from examples.embedded_model import DEFAULT_DIR, ModelUnavailable, ensure_model
+
+    try:
+        ensure_model(DEFAULT_DIR, progress=False)
+    except ModelUnavailable as error:
+        pytest.skip(f"the embedded model: {error}")
+    return DEFAULT_DIR

@@ -1,0 +1,226 @@
+"""LoRAX's routes: answers, details, headers, and every refusal in LoRAX's words and order."""
+
+import json
+
+import pytest
+
+from tests.server.api.live import LiveServer
+
+PROMPT = "one two three four"
+
+
+def generate(live: LiveServer, inputs: str = PROMPT, **parameters):
+    return live.post("/generate", {"inputs": inputs, "parameters": parameters})
+
+
+def test_answer_without_details_is_text_alone(live: LiveServer) -> None:
+    answer = generate(live, max_new_tokens=4)
+    assert answer.status_code == 200
+    assert answer.json() == {"generated_text": PROMPT}
+
+
+def test_compat_route_answers_a_list_of_one(live: LiveServer) -> None:
+    answer = live.post("/", {"inputs": PROMPT, "parameters": {"max_new_tokens": 4}, "stream": False})
+    assert answer.json() == [{"generated_text": PROMPT}]
+
+
+def test_null_parameters_and_null_options_are_defaults(live: LiveServer) -> None:
+    answer = live.post(
+        "/generate", {"inputs": PROMPT, "parameters": {"max_new_tokens": 4, "temperature": None, "adapter_id": None, "seed": None}}
+    )
+    assert answer.status_code == 200
+    assert live.post("/generate", {"inputs": PROMPT, "parameters": None}).status_code == 200
+
+
+def test_details(live: LiveServer) -> None:
+    details = generate(live, max_new_tokens=3, details=True).json()["details"]
+    assert details["finish_reason"] == "length"
+    assert details["generated_tokens"] == 3 and details["prompt_tokens"] == 4 and details["skipped_tokens"] == 0
+    assert details["seed"] is None and details["prefill"] == []
+    assert [token["text"] for token in details["tokens"]] == ["one", " two", " three"]
+    assert all(token["logprob"] == -0.5 and token["special"] is False and token["skipped"] is False for token in details["tokens"])
+    assert "best_of_sequences" not in details and "alternative_tokens" not in details["tokens"][0]
+
+
+def test_prompt_details_and_alternatives(live: LiveServer) -> None:
+    details = generate(live, max_new_tokens=1, decoder_input_details=True, return_k_alternatives=2).json()["details"]
+    assert [token["text"] for token in details["prefill"]] == ["one", " two", " three", " four"]
+    assert [token["logprob"] for token in details["prefill"]] == [None, -2.0, -3.0, -4.0]
+    alternatives = details["tokens"][0]["alternative_tokens"]
+    assert [entry["logprob"] for entry in alternatives] == sorted((entry["logprob"] for entry in alternatives), reverse=True)
+    assert details["tokens"][0]["id"] in [entry["id"] for entry in alternatives]
+
+
+def test_sampling_draws_a_seed_and_tells_it(live: LiveServer) -> None:
+    drawn = [generate(live, max_new_tokens=1, details=True, temperature=0.7).json()["details"]["seed"] for _ in range(2)]
+    assert drawn[0] != drawn[1] and all(0 <= seed < 2**64 for seed in drawn)
+    assert generate(live, max_new_tokens=1, details=True, do_sample=True, seed=2**64 - 1).json()["details"]["seed"] == 2**64 - 1
+    assert generate(live, max_new_tokens=1, details=True, temperature=0, do_sample=True).json()["details"]["seed"] is None
+
+
+def test_best_of_answers_with_the_likeliest(live: LiveServer) -> None:
+    details = generate(live, max_new_tokens=2, details=True, best_of=3, do_sample=True).json()["details"]
+    others = details["best_of_sequences"]
+    assert len(others) == 2 and set(others[0]) == {"generated_text", "finish_reason", "generated_tokens", "seed", "prefill", "tokens"}
+    assert all(details["tokens"][0]["logprob"] >= other["tokens"][0]["logprob"] for other in others)
+    assert len({details["seed"], *(other["seed"] for other in others)}) == 3
+
+
+def test_stop_string_across_tokens_stays_in_the_text(live: LiveServer) -> None:
+    answer = generate(live, max_new_tokens=20, stop=["o th"], details=True).json()
+    assert answer["generated_text"] == "one two th"
+    assert answer["details"]["finish_reason"] == "stop_sequence" and answer["details"]["generated_tokens"] == 3
+
+
+def test_end_token_ends_unless_ignored(live: LiveServer) -> None:
+    inputs = "one two<|im_end|> three"
+    ended = generate(live, inputs, max_new_tokens=9, details=True).json()
+    assert ended["generated_text"] == "one two" and ended["details"]["finish_reason"] == "eos_token"
+    assert ended["details"]["tokens"][-1]["text"] == "<|im_end|>" and ended["details"]["tokens"][-1]["special"] is True
+    went_on = generate(live, inputs, max_new_tokens=4, ignore_eos_token=True).json()
+    assert went_on["generated_text"] == "one two three"
+    named = generate(live, inputs, max_new_tokens=9, ignore_eos_token=True, stop=["<|im_end|>"], details=True).json()
+    assert named["details"]["finish_reason"] == "stop_sequence"
+
+
+def test_truncate_keeps_the_last_tokens_and_comes_before_the_length_check(live: LiveServer) -> None:
+    assert generate(live, max_new_tokens=2, truncate=2).json()["generated_text"] == " three four"
+    assert generate(live, "word " * 500, max_new_tokens=2, truncate=5).status_code == 200
+
+
+def test_full_text_begins_with_the_prompt(live: LiveServer) -> None:
+    assert generate(live, max_new_tokens=4, return_full_text=True).json()["generated_text"] == PROMPT * 2
+
+
+def test_without_max_new_tokens_the_rest_of_the_room_is_used(live: LiveServer) -> None:
+    assert generate(live, details=True).json()["details"]["generated_tokens"] == 128 - 4
+
+
+def test_headers(live: LiveServer) -> None:
+    headers = generate(live, max_new_tokens=3).headers
+    assert headers["x-prompt-tokens"] == "4" and headers["x-generated-tokens"] == "3" and headers["x-total-tokens"] == "7"
+    assert headers["x-compute-characters"] == str(len(PROMPT)) and headers["x-model-id"] == "base" and headers["x-compute-type"] == "cpu"
+    for name in ("total", "compute", "validation", "queue", "inference"):
+        assert int(headers[f"x-{name}-time"]) >= 0
+    assert int(headers["x-time-per-token"]) >= 0 and int(headers["x-time-to-first-token"]) >= 0
+    assert "x-adapter-id" not in headers
+
+
+def test_params_reach_the_engine(live: LiveServer) -> None:
+    generate(live, max_new_tokens=1, temperature=0.5, top_k=3, top_p=0.9, min_p=0.1, typical_p=0.8, repetition_penalty=1.5, seed=7,
+             frequency_penalty=0.5, presence_penalty=-0.5, logit_bias={"5": -100}, stop_token_ids=[9])  # fmt: skip
+    params = live.seen("Submit")[-1]["params"]
+    assert params == {
+        "max_new_tokens": 1, "temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "typical_p": 0.8, "repetition_penalty": 1.5,
+        "frequency_penalty": 0.5, "presence_penalty": -0.5, "logit_bias": {"5": -100.0}, "seed": 7, "stop_token_ids": [2, 9],
+        "num_logprobs": 0,
+    }  # fmt: skip
+
+
+def test_greedy_is_the_default_and_temperature_one_alone_too(live: LiveServer) -> None:
+    for parameters in ({}, {"temperature": 1.0}, {"top_p": 1.0}):
+        generate(live, max_new_tokens=1, **parameters)
+        assert live.seen("Submit")[-1]["params"].get("temperature", 0.0) == 0.0
+    generate(live, max_new_tokens=1, top_k=1)
+    assert live.seen("Submit")[-1]["params"]["temperature"] == 1.0
+
+
+REFUSALS = [
+    ({"best_of": 9}, "`best_of` must be > 0 and <= 8. Given: 9"),
+    ({"best_of": 0}, "`best_of` must be > 0 and <= 8. Given: 0"),
+    ({"adapter_id": "a", "merged_adapters": {"ids": ["a"], "weights": [1]}}, "at most one of `adapter_id` or `adapters` may be provided"),
+    ({"merged_adapters": {"ids": [], "weights": []}}, "at least one adapter ID must be provided when setting `adapters`"),
+    ({"merged_adapters": {"ids": ["a", "b"], "weights": [1]}}, "number of adapter IDs must match number of adapter weights"),
+    ({"best_of": 2}, "you must use sampling when `best_of` is > 1"),
+    ({"temperature": -0.1}, "`temperature` must be non-negative"),
+    ({"repetition_penalty": 0}, "`repetition_penalty` must be strictly positive"),
+    ({"frequency_penalty": 2.1}, "`frequency_penalty` must be >= -2.0 and <= 2.0"),
+    ({"presence_penalty": -2.1}, "`presence_penalty` must be >= -2.0 and <= 2.0"),
+    ({"top_p": 0}, "`top_p` must be > 0.0 and < 1.0"),
+    ({"top_p": 1.1}, "`top_p` must be > 0.0 and < 1.0"),
+    ({"typical_p": 1.0}, "`typical_p` must be > 0.0 and < 1.0"),
+    ({"top_k": 0}, "`top_k` must be strictly positive"),
+    ({"return_k_alternatives": 0}, "`return_k_alternatives` must be strictly positive"),
+    ({"max_new_tokens": 0}, "`max_new_tokens` must be strictly positive"),
+    ({"stop": ["a"] * 5}, "`stop` supports up to 4 stop sequences. Given: 5"),
+    ({"seed": 1, "best_of": 2, "do_sample": True}, "`seed` must not be set when `best_of` > 1"),
+    ({"truncate": 0}, "`truncate` must be strictly positive and less than 127. Given: 0"),
+    ({"truncate": 200}, "`truncate` must be strictly positive and less than 127. Given: 200"),
+    ({"max_new_tokens": 125}, "`inputs` tokens + `max_new_tokens` must be <= 128. Given: 4 `inputs` tokens and 125 `max_new_tokens`"),
+    # ours
+    ({"min_p": 1.5}, "`min_p` must be >= 0.0 and <= 1.0"),
+    ({"return_k_alternatives": 21}, "`return_k_alternatives` must be <= 20. Given: 21"),
+    ({"stop": [""]}, "`stop` sequences must have 1 to 1000 characters. Given: 0"),
+    ({"logit_bias": {"x": 1}}, "`logit_bias` keys must be token ids from 0 to 49151. Given: 'x'"),
+    ({"logit_bias": {"1": 101}}, "`logit_bias` values must be from -100 to 100. Given: 101"),
+    ({"stop_token_ids": [49152]}, "`stop_token_ids` must be token ids from 0 to 49151. Given: 49152"),
+    ({"merged_adapters": {"ids": ["a"], "weights": [1], "merge_strategy": "ties"}},
+     "`merged_adapters.density` must be > 0 and <= 1 for ties"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("parameters", "message"), REFUSALS, ids=[json.dumps(row[0])[:60] for row in REFUSALS])
+def test_refusals(live: LiveServer, parameters: dict, message: str) -> None:
+    answer = live.post("/generate", {"inputs": PROMPT, "parameters": parameters})
+    assert answer.status_code == 422
+    assert answer.json() == {"error": f"Input validation error: {message}", "error_type": "validation"}
+
+
+def test_refusals_come_in_lorax_order(live: LiveServer) -> None:
+    everything = {"temperature": -1, "top_p": 5, "top_k": -1, "max_new_tokens": 0, "seed": 1}
+    for name, found in [("temperature", "temperature"), ("top_p", "top_p"), ("top_k", "top_k"), ("max_new_tokens", "max_new_tokens")]:
+        assert f"`{found}`" in live.post("/generate", {"inputs": "", "parameters": everything}).json()["error"]
+        del everything[name]
+    assert "`inputs` cannot be empty" in live.post("/generate", {"inputs": "", "parameters": everything}).json()["error"]
+
+
+def test_long_prompts(live: LiveServer) -> None:
+    answer = generate(live, "word " * 200)
+    assert answer.status_code == 422
+    assert answer.json()["error"] == "Input validation error: `inputs` must have less than 127 tokens. Given: 201"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"watermark": True}, "`watermark` is not supported"),
+        ({"response_format": {"type": "json_object"}}, "`response_format` is not supported yet (structured output)"),
+        ({"tempurature": 1}, "unknown field `parameters.tempurature`, did you mean `temperature`?"),
+        ({"top_k": 5.0}, "`parameters.top_k`: Input should be a valid integer"),
+        ({"top_k": "5"}, "`parameters.top_k`: Input should be a valid integer"),
+        ({"do_sample": None}, "`parameters.do_sample`: Input should be a valid boolean"),
+        ({"seed": 2**64}, "`parameters.seed`: Input should be less than"),
+        ({"seed": -1}, "`parameters.seed`: Input should be greater than or equal to 0"),
+        ({"merged_adapters": {"ids": ["a"], "weights": [1], "merge_strategy": "slerp"}},
+         "merge_strategy`: Input should be 'linear', 'ties'"),
+    ],
+)  # fmt: skip
+def test_fields_are_named(live: LiveServer, parameters: dict, message: str) -> None:
+    answer = live.post("/generate", {"inputs": PROMPT, "parameters": parameters})
+    assert answer.status_code == 422 and answer.json()["error_type"] == "validation"
+    assert message in answer.json()["error"]
+
+
+def test_neutral_values_of_what_is_not_served_pass(live: LiveServer) -> None:
+    assert generate(live, max_new_tokens=1, watermark=False, response_format=None).status_code == 200
+
+
+def test_engine_errors_keep_their_kind(live: LiveServer) -> None:
+    live.control(fail="no memory for it", kind="GenerationFailed")
+    answer = generate(live, max_new_tokens=1)
+    assert answer.status_code == 424
+    assert answer.json() == {"error": "Request failed during generation: Server error: no memory for it", "error_type": "generation"}
+    live.control(fail="secret", kind="NoSuchKind")
+    assert generate(live, max_new_tokens=1).status_code == 424
+
+
+def test_tokenize(live: LiveServer) -> None:
+    answer = live.post("/tokenize", {"inputs": "héllo 12"}).json()
+    assert [entry["id"] for entry in answer] == live.api.model.tokenizer.encode("héllo 12")
+    assert answer[0]["start"] == 0 and answer[-1]["stop"] == len("héllo 12") and set(answer[0]) == {"id", "text", "start", "stop"}
+
+
+def test_bundled_tokens_change_nothing(live: LiveServer) -> None:
+    alone = generate(live, max_new_tokens=20, stop=["e f"], details=True).json()
+    live.control(bundle=7)
+    assert generate(live, max_new_tokens=20, stop=["e f"], details=True).json() == alone
