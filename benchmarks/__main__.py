@@ -1,0 +1,5 @@
+"""`python -m benchmarks`: the benchmark of this machine's kind."""
+
+from benchmarks.cpu import main
+
+main()
