@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from server.adapters.pack import map_pack, view_tensor, write_contents
+from server.adapters.pack import load_pack, view_tensor, write_contents
 from server.adapters.parts import Contents, Part, SiteParts, as_part
 from server.adapters.refusal import refuse
 from server.adapters.strategies import MAJORITY_SIGN_METHODS, STRATEGIES, merge_factors
@@ -51,7 +51,7 @@ def merge_packs(
 
     ValidationFailed: a parameter is wrong. AdapterRefused: the inputs cannot be merged, or the result's rank is above `max_rank`."""
     check_merge(len(refs), [weight for _, weight in refs], strategy, density, majority_sign_method)
-    inputs = [MergeInput(*map_pack(path), weight) for path, weight in refs]
+    inputs = [MergeInput(*load_pack(path), weight) for path, weight in refs]
     first = inputs[0].header
     for one in inputs:
         _check_mergeable(one.header)

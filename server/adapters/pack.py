@@ -9,6 +9,7 @@ Owns the file's format and its checks; plan.py and merge.py say what is in it, t
     header    msgpack of server.types.PackedAdapter
     zeros     up to a multiple of 64
     data      header.data_bytes; every tensor begins on a multiple of 64, except that the `a` of a group follow each other without a gap
+    32 bytes  sha256 of the data
 """
 
 import hashlib
@@ -28,7 +29,8 @@ from server.adapters.refusal import refuse
 from server.types import BaseLayout, PackDtype, PackedAdapter, PackedOverride, PackedSite, PackedTensor, PackedTokens
 
 MAGIC = b"MANYLORA"
-VERSION = 1
+VERSION = 2
+DIGEST_BYTES = 32
 ALIGNMENT = 64
 MAX_HEADER_BYTES = 64 << 20
 _PREFIX = struct.Struct("<8sII32s")
@@ -90,8 +92,8 @@ def read_header(path: Path) -> tuple[PackedAdapter, int]:
     except (msgspec.MsgspecError, RecursionError) as error:
         raise refuse("the pack's header is of another version") from error
     data_offset = _aligned(_PREFIX.size + header_bytes)
-    if size != data_offset + header.data_bytes:
-        raise refuse(f"the pack has {size} bytes, not the {data_offset + header.data_bytes} that its header says")
+    if size != data_offset + header.data_bytes + DIGEST_BYTES:
+        raise refuse(f"the pack has {size} bytes, not the {data_offset + header.data_bytes + DIGEST_BYTES} that its header says")
     for tensor in _tensors_of(header):
         item_bytes = DTYPES[header.dtype].itemsize
         end = tensor.offset + math.prod(tensor.shape) * item_bytes
@@ -100,14 +102,28 @@ def read_header(path: Path) -> tuple[PackedAdapter, int]:
     return header, data_offset
 
 
-def map_pack(path: Path) -> tuple[PackedAdapter, np.ndarray]:
-    """A pack's header and its data [data_bytes] as a read-only map. AdapterRefused as read_header."""
-    header, data_offset = read_header(path)
+def read_data(path: Path, into: memoryview) -> None:
+    """A pack's data into a buffer of header.data_bytes. AdapterRefused if it is not what was written."""
+    _, data_offset = read_header(path)
     try:
-        data = np.memmap(path, dtype=np.uint8, mode="r", offset=data_offset, shape=(header.data_bytes,))
-    except (OSError, ValueError) as error:
+        with Path(path).open("rb", buffering=0) as file:
+            file.seek(data_offset)
+            done = 0
+            while done < len(into) and (count := file.readinto(into[done:])):
+                done += count
+            digest = file.read(DIGEST_BYTES)
+    except OSError as error:
         raise refuse(f"the pack cannot be read ({type(error).__name__})") from error
-    return header, np.asarray(data)
+    if done != len(into) or hashlib.sha256(into).digest() != digest:
+        raise refuse("the pack's data is damaged")
+
+
+def load_pack(path: Path) -> tuple[PackedAdapter, np.ndarray]:
+    """A pack's header and its data [data_bytes]. AdapterRefused as read_header and read_data."""
+    header, _ = read_header(path)
+    data = np.empty(header.data_bytes, np.uint8)
+    read_data(path, memoryview(data))
+    return header, data
 
 
 def view_tensor(data: np.ndarray, tensor: PackedTensor, dtype: PackDtype) -> np.ndarray:
@@ -169,12 +185,16 @@ def _write_file(out: Path, head: bytes, order: list[tuple[int, Part]], dtype: Pa
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(head)
-            position = 0
+            position, digest = 0, hashlib.sha256()
             for offset, part in order:
-                file.write(bytes(offset - position))
-                position = offset
+                gap = bytes(offset - position)
+                digest.update(gap)
+                position += file.write(gap)
                 for block in to_dtype(part, dtype):
-                    position += file.write(block.view(np.uint8).reshape(-1).data)
+                    data = block.view(np.uint8).reshape(-1).data
+                    digest.update(data)
+                    position += file.write(data)
+            file.write(digest.digest())
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)

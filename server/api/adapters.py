@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 _THREADS_PER_SOURCE = 8
 _REMEMBER_FAILURE_S = 1.0
 _DOUBT_AGAIN_S = 60.0
+_LIST_AGAIN_S = 5.0
+_MAX_LISTED = 10_000
 _MAX_REMEMBERED = 20_000  # adapters; an entry is small
 _MAX_TOKENIZERS = 32  # of adapters that bring their own, by content; tens of MB each
 
@@ -101,6 +103,7 @@ class AdapterResolver:
         self._tokenizers: OrderedDict[str, Tokenizer | None] = OrderedDict()
         self._tokenizers_lock = threading.Lock()
         self._doubted_at: dict[str, float] = {}
+        self._listed: dict[str, tuple[float, list[str]]] = {}
 
     async def resolve(self, selection: AdapterSelection, layout: BaseLayout) -> ResolvedAdapter:
         """The adapter, fetched and packed if it is not yet; one flight however many ask. The errors of Source and of adapters.pack."""
@@ -114,6 +117,15 @@ class AdapterResolver:
             flight = self._flights[key] = asyncio.create_task(self._fly(source, key, selection, layout))
             flight.add_done_callback(lambda task: self._land(key, task))
         return await asyncio.shield(flight)
+
+    async def list_ids(self, source: str) -> list[str]:
+        """Ids that the source holds, at most _MAX_LISTED; asked of it at most every few seconds. The errors of Source."""
+        source = canonical_name(source)
+        listed_at, ids = self._listed.get(source, (float("-inf"), []))
+        if time.monotonic() - listed_at > _LIST_AGAIN_S:
+            ids = await asyncio.to_thread(lambda: self._sources.get(source).adapter_ids(_MAX_LISTED))
+            self._listed[source] = (time.monotonic(), ids)
+        return ids
 
     def _land(self, key: tuple[object, ...], task: asyncio.Task[ResolvedAdapter]) -> None:
         """Forget the flight; remember its failure for a moment. Reads the exception, so that nobody is warned of it if all callers left."""
@@ -170,8 +182,12 @@ class AdapterResolver:
         def write(out: Path) -> None:
             write_pack(stored.path, layout, stored.hash, out)
 
-        path = self._store.publish_pack(stored.hash, _pack_key(layout), write, stored)
-        return AdapterRef(stored.hash, str(path), stored.snapshot.adapter_id)
+        adapter_id = stored.snapshot.adapter_id
+        try:
+            path = self._store.publish_pack(stored.hash, _pack_key(layout), write, stored)
+        except AdapterRefused as refusal:
+            raise AdapterRefused(f"Adapter '{adapter_id}': {refusal.message}", param=refusal.param) from refusal
+        return AdapterRef(stored.hash, str(path), adapter_id)
 
     def _merge(self, merge: Merge, refs: list[AdapterRef], layout: BaseLayout) -> ResolvedAdapter:
         """The merged pack, under the hash of all that goes into it. Its random masks come of that hash, so the seed is always 0."""

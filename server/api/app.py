@@ -3,6 +3,7 @@
 Owns the wiring alone. `server.__main__` and the tests call `make_app`.
 """
 
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from server import __version__
 from server.api import health, native, openai_chat, openai_completions
 from server.api.adapters import AdapterResolver
 from server.api.admission import Admission
@@ -70,6 +72,7 @@ def make_api(
         templates=TemplateWorkers(timeout_s=settings.template_timeout_s),
         admission=Admission(settings.max_concurrent_requests, metrics),
         metrics=metrics,
+        started_at=int(time.time()),
     )
 
 
@@ -147,7 +150,7 @@ def make_app(api: Api) -> FastAPI:
 
     app = FastAPI(
         title="manylora",
-        version=health.product_version(),
+        version=__version__,
         summary="One base model and any number of LoRA adapters.",
         lifespan=lifespan,
         redirect_slashes=False,

@@ -3,29 +3,24 @@
 Owns no state; the engine client, the settings and the metrics do.
 """
 
-from importlib.metadata import PackageNotFoundError, version
+import logging
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from server import __version__
 from server.api.body import body_docs, read_body
 from server.api.schemas_native import TokenizeRequest, TokenizeResponse
 from server.api.state import Api, ApiState
 from server.api.stream import json_response
+from server.errors import ServerError
 from server.metrics import CONTENT_TYPE
 from server.sources import FACTORIES
 
+log = logging.getLogger(__name__)
 router = APIRouter(tags=["server"])
 _ENGINE_FACTS = ("device", "num_blocks", "block_size", "adapter_bytes", "start_s", "versions")
-
-
-def product_version() -> str:
-    """Of the installed package; "0" in a bare checkout."""
-    try:
-        return version("manylora")
-    except PackageNotFoundError:
-        return "0"
 
 
 @router.get("/health", summary="200 while the engine answers, else 503 with the reason")
@@ -56,7 +51,7 @@ async def info(api: ApiState) -> Response:
         "max_total_tokens": limits.max_total_tokens,
         "max_batch_total_tokens": ready.num_blocks * ready.block_size if ready is not None else None,
         "max_batch_prefill_tokens": settings.max_batch_prefill_tokens,
-        "version": product_version(),
+        "version": __version__,
         "sha": None,
         "docker_label": None,
         "architecture": api.model.architecture,
@@ -75,18 +70,24 @@ async def metrics(api: ApiState) -> Response:
 
 @router.get("/v1/models")
 async def models(api: ApiState) -> Response:
-    """The base. An adapter is a model too, by its id; there may be thousands, so they are not listed."""
-    return json_response({"object": "list", "data": [_model(api)]})
+    """The base, and the adapters of the default source by the ids that `model` takes."""
+    try:
+        listed = await api.adapters.list_ids(api.source(None))
+    except ServerError as error:  # the base can be called all the same
+        log.warning("the adapters cannot be listed: %s", error.message)
+        listed = []
+    base = _model(api, api.model.name, None)
+    return json_response({"object": "list", "data": [base, *(_model(api, adapter_id, api.model.name) for adapter_id in listed)]})
 
 
-def _model(api: Api) -> dict[str, Any]:
+def _model(api: Api, name: str, parent: str | None) -> dict[str, Any]:
     return {
-        "id": api.model.name,
+        "id": name,
         "object": "model",
-        "created": 0,
+        "created": api.started_at,
         "owned_by": "manylora",
         "root": api.model.name,
-        "parent": None,
+        "parent": parent,
         "max_model_len": api.limits().max_total_tokens,
     }
 

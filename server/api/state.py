@@ -37,6 +37,7 @@ class Api:
     templates: TemplateWorkers
     admission: Admission
     metrics: Metrics
+    started_at: int  # seconds since 1970
 
     @property
     def compute_type(self) -> str:

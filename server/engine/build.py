@@ -83,6 +83,8 @@ def assemble(base: BaseModel, options: EngineOptions, on_adapter: Callable[..., 
         tiers,
         max_batch_tokens=options.max_batch_tokens,
         max_batch_size=options.max_batch_size,
+        max_sequence_len=options.max_sequence_len,
+        vocab_size=lambda adapter_hash: tiers.on_device(adapter_hash).vocab_size if adapter_hash else layout.vocab_size,
         prefix_caching=options.prefix_caching,
         base_revision=options.revision or base.revision,
     )

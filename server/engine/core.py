@@ -7,6 +7,8 @@ to the sequences that make it fail; the others go on.
 import logging
 import time
 
+import torch
+
 from server.engine.runner import Runner
 from server.engine.sampler import Sampled
 from server.engine.scheduler import Chunk, Scheduler
@@ -34,11 +36,18 @@ class EngineCore:
             self.scheduler.add(request)
         except ValueError as error:
             self._outputs.append(_failure(request.request_id, GenerationFailed(str(error))))
+        except KeyError:  # an answer would end the other request of that id
+            log.error("request id %s is in use; the second request of that id is dropped", request.request_id)
 
     def abort(self, request_id: str) -> None:
         """End a request now; unknown ids are ignored."""
         if self.scheduler.remove(request_id) is not None:
             self._outputs.append(SequenceOutput(request_id, finish_reason="aborted"))
+
+    def abort_all(self) -> None:
+        """End every request now."""
+        for request_id in self.scheduler.request_ids:
+            self.abort(request_id)
 
     @property
     def has_work(self) -> bool:
@@ -47,13 +56,17 @@ class EngineCore:
 
     def step(self) -> list[SequenceOutput]:
         """Collect adapters that arrived, run one step, and return what it brought."""
-        for sequence, error in self.scheduler.collect_adapters():
+        for sequence, error in self.scheduler.collect_failed():
             self._outputs.append(_failure(sequence.request.request_id, error))
         chunks = self.scheduler.schedule()
         if chunks:
             self.num_steps += 1
             for chunk, sampled in self._execute(chunks):
                 self._advance(chunk, sampled)
+        return self.take_outputs()
+
+    def take_outputs(self) -> list[SequenceOutput]:
+        """What has not been returned yet."""
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -82,6 +95,8 @@ class EngineCore:
         try:
             sampled = self.runner.execute(chunks)
         except Exception as error:
+            if _is_fatal(error):
+                raise
             if len(chunks) > 1:
                 log.warning("a step of %d sequences failed (%s); running its halves", len(chunks), type(error).__name__)
                 middle = len(chunks) // 2
@@ -122,6 +137,11 @@ class EngineCore:
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         self.scheduler.remove(sequence.request.request_id)
         self._outputs.append(_failure(sequence.request.request_id, error))
+
+
+def _is_fatal(error: Exception) -> bool:
+    """Whether the device itself is lost (a CUDA error leaves its context unusable), so that no other request could run either."""
+    return isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
 
 
 def _prompt_logprobs(sequence: Sequence):

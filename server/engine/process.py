@@ -114,6 +114,8 @@ class EngineLoop:
             case Forget(adapter_hash):
                 self.core.tiers.forget(adapter_hash)
             case Shutdown():
+                self.core.abort_all()
+                self.socket.send(StepOutputs(self.core.take_outputs()))
                 self.stopped = True
 
 

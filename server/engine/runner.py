@@ -37,7 +37,6 @@ class Runner:
         try:
             state.token_segments = self._segments(chunks, [chunk.num_tokens for chunk in chunks])
             state.head_segments = self._segments(chunks, head_counts)
-            state.num_rows = len(tokens)
             base.attention.plan(spans)
             embeddings = base.embed(torch.tensor(tokens, device=base.device))  # [tokens, hidden]
             hidden = base.decode(embeddings, torch.tensor(positions, device=base.device))  # [tokens, hidden]

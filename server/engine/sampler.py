@@ -76,7 +76,12 @@ def describe(logprobs: torch.Tensor, token: int, num_top: int) -> Logprob:
 def describe_prompt(logits: torch.Tensor, tokens: list[int], num_top: int) -> list[Logprob]:
     """Log probabilities of prompt tokens: logits [n, vocabulary] of the positions before them, the model's own distribution."""
     logprobs = torch.log_softmax(logits.float(), -1)
-    return [describe(row, token, num_top) for row, token in zip(logprobs, tokens, strict=True)]
+    own = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    if num_top <= 0:
+        return [Logprob(token, value) for token, value in zip(tokens, own, strict=True)]
+    values, ids = logprobs.topk(min(num_top, logprobs.shape[1]))
+    tops = [list(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
+    return [Logprob(token, value, top) for token, value, top in zip(tokens, own, tops, strict=True)]
 
 
 def _penalize(logits: torch.Tensor, sequences: list[Sequence]) -> None:
@@ -85,7 +90,7 @@ def _penalize(logits: torch.Tensor, sequences: list[Sequence]) -> None:
         p = sequence.request.params
         counts = sequence.output_counts
         if p.repetition_penalty != 1.0:
-            seen = torch.tensor(sorted(sequence.prompt_set.union(counts)), device=logits.device)
+            seen = torch.tensor(list(sequence.seen), device=logits.device)
             seen = seen[seen < logits.shape[1]]
             values = logits[row, seen]
             logits[row, seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)

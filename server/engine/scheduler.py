@@ -6,13 +6,18 @@ is computed again later; and adapters, pinned on the device while a sequence run
 """
 
 import heapq
+import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from server.engine.sequence import Sequence
+from server.errors import GenerationFailed
 from server.memory.blocks import BlockPool
 from server.memory.tiers import AdapterTiers
 from server.types import EngineRequest
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +29,21 @@ class Chunk:
     samples: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """What a sequence's first chunk would take."""
+
+    reuse: list[int]
+    num_tokens: int
+    num_blocks: int
+
+
 class Scheduler:
     """Queued and running sequences. `schedule` and `complete` alternate; `add` and `remove` may come between."""
 
-    # A sequence whose adapter finds no room on the device may be overtaken by others for so long; then nobody passes it.
+    # A sequence whose adapter finds no room on the device may be overtaken for so long; then no other adapter's sequence passes it.
     MAX_OVERTAKEN_S = 2.0
-    # How many such sequences are looked behind of in one step, so that a step's cost does not grow with the queue.
+    # How many waiting sequences are looked past in one step, so that a step's cost does not grow with the queue.
     MAX_LOOKED_PAST = 64
 
     def __init__(
@@ -39,16 +53,23 @@ class Scheduler:
         *,
         max_batch_tokens: int,
         max_batch_size: int,
+        max_sequence_len: int | None = None,
         prefix_caching: bool = True,
         base_revision: str = "",
+        vocab_size: Callable[[str], int] | None = None,
     ) -> None:
+        """`vocab_size(adapter hash, or "" for the base)` is the number of ids that its rows may hold; adapters' are asked when pinned."""
         self.pool, self.tiers = pool, tiers
         self.max_batch_tokens, self.max_batch_size = max_batch_tokens, max_batch_size
+        capacity = pool.num_blocks * pool.block_size
+        self.max_sequence_len = min(max_sequence_len or capacity, capacity)
         self.prefix_caching, self.base_revision = prefix_caching, base_revision
+        self._vocab_size = vocab_size
         self.running: list[Sequence] = []
-        self._waiting: list[tuple[int, Sequence]] = []  # a heap by order of arrival
+        self._waiting: list[tuple[int, Sequence]] = []  # a heap by order of arrival; removed sequences are skipped when they come up
         self._parked: dict[str, list[Sequence]] = {}  # adapter -> sequences that wait for it to be read
         self._sequences: dict[str, Sequence] = {}
+        self._failed: list[tuple[Sequence, Exception]] = []
         self._next_order = 0
         self.num_preemptions = 0
         self.num_cached_tokens = 0
@@ -61,15 +82,28 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether `schedule` may have something to return."""
-        return bool(self.running or self._waiting)
+        while self._waiting and not self._is_here(self._waiting[0][1]):
+            heapq.heappop(self._waiting)
+        return bool(self.running or self._waiting or self._failed)
+
+    @property
+    def request_ids(self) -> list[str]:
+        """All that are queued or running."""
+        return list(self._sequences)
 
     def add(self, request: EngineRequest) -> None:
-        """Queue a request and start to bring its adapter. ValueError if the id is in use or it could never run."""
+        """Queue a request and start to bring its adapter. ValueError if it could never run; KeyError if its id is in use."""
         if request.request_id in self._sequences:
-            raise ValueError(f"request_id '{request.request_id}' is already in use")
+            raise KeyError(request.request_id)
         needed = len(request.token_ids) + request.params.max_new_tokens
-        if needed > self.pool.num_blocks * self.pool.block_size:
-            raise ValueError(f"{needed} tokens do not fit in the cache of {self.pool.num_blocks * self.pool.block_size} tokens")
+        if not request.token_ids or request.params.max_new_tokens < 1:
+            raise ValueError("a request has at least one token, and asks for at least one")
+        if needed > self.max_sequence_len:
+            raise ValueError(f"{needed} tokens do not fit; a sequence has at most {self.max_sequence_len}")
+        if min(request.token_ids) < 0 or max(request.token_ids) >= 1 << 31:
+            raise ValueError("token ids are whole numbers from 0")
+        if request.adapter is None:
+            self._check_vocabulary(request, "")
         sequence = Sequence(request, self._next_order, self.base_revision)
         self._next_order += 1
         self._sequences[request.request_id] = sequence
@@ -84,43 +118,40 @@ class Scheduler:
             return None
         if sequence in self.running:
             self._stop_running(sequence)
-        elif sequence.adapter_hash in self._parked and sequence in self._parked[sequence.adapter_hash]:
-            self._parked[sequence.adapter_hash].remove(sequence)
-        else:
-            self._waiting = [item for item in self._waiting if item[1] is not sequence]
-            heapq.heapify(self._waiting)
+        parked = self._parked.get(sequence.adapter_hash)
+        if parked is not None and sequence in parked:
+            parked.remove(sequence)
+            if not parked:
+                del self._parked[sequence.adapter_hash]
         if sequence.adapter_hash:
             self.tiers.unwant(sequence.adapter_hash)
         return sequence
 
-    def collect_adapters(self) -> list[tuple[Sequence, Exception]]:
-        """Let those run whose adapter has arrived; returns the sequences whose adapter could not be read, removed, with the reason."""
-        failed = []
-        for adapter_hash, error in self.tiers.poll():
-            for sequence in self._parked.pop(adapter_hash, []):
-                self._parked.setdefault(adapter_hash, []).append(sequence)
-                self.remove(sequence.request.request_id)
-                failed.append((sequence, error))
-            self._parked.pop(adapter_hash, None)
-        for adapter_hash in [h for h in self._parked if self.tiers.state(h) in ("host", "device")]:
-            for sequence in self._parked.pop(adapter_hash):
+    def collect_failed(self) -> list[tuple[Sequence, Exception]]:
+        """Let those run whose adapter has arrived; returns the sequences whose adapter cannot be had, removed, with the reason."""
+        arrived, failed = self.tiers.poll()
+        for adapter_hash in arrived:
+            for sequence in self._parked.pop(adapter_hash, ()):
                 heapq.heappush(self._waiting, (sequence.order, sequence))
-        return failed
+        for adapter_hash, error in failed:
+            for sequence in list(self._parked.get(adapter_hash, ())):
+                self._fail(sequence, error)
+        found, self._failed = self._failed, []
+        return found
 
     def schedule(self) -> list[Chunk]:
         """The next step: at most one chunk a sequence, `max_batch_tokens` in all. Empty if nothing can run now."""
         chunks: list[Chunk] = []
+        scheduled: set[Sequence] = set()
         budget = self.max_batch_tokens
         num_preemptions = self.num_preemptions
         for decoding in (True, False):
-            for sequence in list(self.running):
-                if budget == 0:
-                    break
-                if sequence not in self.running or (sequence.num_pending == 1) != decoding:
-                    continue
+            for sequence in [s for s in self.running if (s.num_pending == 1) == decoding]:
                 num_tokens = min(sequence.num_pending, budget)
-                if self._grow(sequence, num_tokens, {chunk.sequence for chunk in chunks} if self.pool.num_free < len(self.running) else ()):
+                # One that was preempted for another of this step holds no blocks any more, and waits.
+                if num_tokens > 0 and sequence.blocks and self._grow(sequence, num_tokens, scheduled):
                     chunks.append(Chunk(sequence, num_tokens, num_tokens == sequence.num_pending))
+                    scheduled.add(sequence)
                     budget -= num_tokens
         if self.num_preemptions == num_preemptions:
             self._admit(chunks, budget)
@@ -139,13 +170,24 @@ class Scheduler:
                 self.pool.publish(sequence.blocks[index], hashes[index])
             sequence.num_published = num_full
 
+    def _is_here(self, sequence: Sequence) -> bool:
+        return self._sequences.get(sequence.request.request_id) is sequence
+
+    def _check_vocabulary(self, request: EngineRequest, adapter_hash: str) -> None:
+        if self._vocab_size is not None and max(request.token_ids) >= self._vocab_size(adapter_hash):
+            raise ValueError(f"token id {max(request.token_ids)} is not in the vocabulary of {self._vocab_size(adapter_hash)}")
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        self.remove(sequence.request.request_id)
+        self._failed.append((sequence, error))
+
     def _enqueue(self, sequence: Sequence) -> None:
         if sequence.adapter_hash and self.tiers.state(sequence.adapter_hash) not in ("host", "device"):
             self._parked.setdefault(sequence.adapter_hash, []).append(sequence)
         else:
             heapq.heappush(self._waiting, (sequence.order, sequence))
 
-    def _grow(self, sequence: Sequence, num_tokens: int, scheduled) -> bool:
+    def _grow(self, sequence: Sequence, num_tokens: int, scheduled: set[Sequence]) -> bool:
         """Blocks for the sequence's next tokens; preempts the youngest sequences that are not in this step, itself at the last."""
         missing = -(-(sequence.num_computed + num_tokens) // self.pool.block_size) - len(sequence.blocks)
         while missing > 0:
@@ -173,32 +215,53 @@ class Scheduler:
             self.tiers.release(sequence.adapter_hash)
 
     def _admit(self, chunks: list[Chunk], budget: int) -> None:
+        """Start waiting sequences in order of arrival. One whose adapter finds no room is passed by others, but not for ever."""
         passed: list[tuple[int, Sequence]] = []
-        now = time.monotonic()
+        no_more_adapters = False
         while self._waiting and budget > 0 and len(self.running) < self.max_batch_size and len(passed) < self.MAX_LOOKED_PAST:
             item = heapq.heappop(self._waiting)
             sequence = item[1]
-            if sequence.adapter_hash and not self.tiers.acquire(sequence.adapter_hash):
-                if self.tiers.state(sequence.adapter_hash) in ("absent", "loading"):  # it left the host while the sequence was out
-                    self._parked.setdefault(sequence.adapter_hash, []).append(sequence)
-                    continue
-                passed.append(item)
-                if now - sequence.arrived_at > self.MAX_OVERTAKEN_S:
-                    break
+            if not self._is_here(sequence):
                 continue
-            num_tokens = self._start(sequence, budget)
-            if num_tokens == 0:
-                if sequence.adapter_hash:
-                    self.tiers.release(sequence.adapter_hash)
+            if sequence.adapter_hash and no_more_adapters:
+                passed.append(item)
+                continue
+            start = self._find_start(sequence, budget)
+            if start is None:  # no blocks: nobody younger may take what the oldest waits for
                 passed.append(item)
                 break
-            chunks.append(Chunk(sequence, num_tokens, num_tokens == sequence.num_pending))
-            budget -= num_tokens
+            try:
+                has_adapter = not sequence.adapter_hash or self._acquire(sequence)
+            except Exception as error:
+                log.warning("request %s: its adapter cannot be used (%s)", sequence.request.request_id, error)
+                self._fail(sequence, error if isinstance(error, GenerationFailed) else GenerationFailed(_describe(error)))
+                continue
+            if has_adapter:
+                self._start(sequence, start)
+                chunks.append(Chunk(sequence, start.num_tokens, start.num_tokens == sequence.num_pending))
+                budget -= start.num_tokens
+            elif self.tiers.state(sequence.adapter_hash) in ("absent", "loading"):  # it left the host while the sequence was out
+                self._parked.setdefault(sequence.adapter_hash, []).append(sequence)
+            else:
+                passed.append(item)
+                sequence.refused_at = sequence.refused_at or time.monotonic()
+                no_more_adapters = time.monotonic() - sequence.refused_at > self.MAX_OVERTAKEN_S
         for item in passed:
             heapq.heappush(self._waiting, item)
 
-    def _start(self, sequence: Sequence, budget: int) -> int:
-        """Take blocks for the sequence's first chunk; returns its tokens, 0 if there is no room."""
+    def _acquire(self, sequence: Sequence) -> bool:
+        """Pin the sequence's adapter. GenerationFailed if its tokens are not the adapter's."""
+        if not self.tiers.acquire(sequence.adapter_hash):
+            return False
+        try:
+            self._check_vocabulary(sequence.request, sequence.adapter_hash)
+        except ValueError as error:
+            self.tiers.release(sequence.adapter_hash)
+            raise GenerationFailed(str(error)) from None
+        return True
+
+    def _find_start(self, sequence: Sequence, budget: int) -> _Start | None:
+        """What the sequence's first chunk takes; None if there is no room."""
         size = self.pool.block_size
         reuse: list[int] = []
         if self.prefix_caching and sequence.prompt_logprobs is None:
@@ -206,19 +269,24 @@ class Scheduler:
             reuse = self.pool.match(sequence.block_hashes((len(sequence.tokens) - 1) // size, size))
         num_computed = len(reuse) * size
         num_tokens = min(len(sequence.tokens) - num_computed, budget)
-        missing = -(-(num_computed + num_tokens) // size) - len(reuse)
+        num_blocks = -(-(num_computed + num_tokens) // size) - len(reuse)
         # Room for the next token of those who run, so that the newcomer does not push them out at once.
-        if self.running and self.pool.num_free - missing - len(reuse) < len(self.running):
-            return 0
-        blocks = self.pool.allocate(missing, reuse)
-        if blocks is None:
-            return 0
+        reserve = len(self.running)
+        return _Start(reuse, num_tokens, num_blocks) if self.pool.can_allocate(num_blocks + reserve, reuse) else None
+
+    def _start(self, sequence: Sequence, start: _Start) -> None:
+        blocks = self.pool.allocate(start.num_blocks, start.reuse)
+        assert blocks is not None, "_find_start said that there is room"
         sequence.blocks = blocks
-        sequence.num_computed = num_computed
-        sequence.num_published = len(reuse)
+        sequence.num_published = len(start.reuse)
+        sequence.num_computed = len(start.reuse) * self.pool.block_size
+        sequence.refused_at = None
         if sequence.started_at is None:
             sequence.started_at = time.monotonic()
-            sequence.num_cached = num_computed
-            self.num_cached_tokens += num_computed
+            sequence.num_cached = sequence.num_computed
+            self.num_cached_tokens += sequence.num_computed
         self.running.append(sequence)
-        return num_tokens
+
+
+def _describe(error: Exception) -> str:
+    return f"the adapter could not be put on the device ({type(error).__name__})"

@@ -22,8 +22,9 @@ class Sequence:
         "output_counts",
         "prompt_len",
         "prompt_logprobs",
-        "prompt_set",
+        "refused_at",
         "request",
+        "seen",
         "started_at",
         "tokens",
     )
@@ -41,11 +42,12 @@ class Sequence:
         self.num_published = 0
         self.arrived_at = time.monotonic()
         self.started_at: float | None = None
+        self.refused_at: float | None = None  # since when its adapter finds no room on the device
         params = request.params
         self.prompt_logprobs: list[Logprob | None] | None = None if params.num_prompt_logprobs < 0 else [None] * self.prompt_len
         # What penalties look at, kept as tokens come rather than counted anew each step.
         self.output_counts: Counter[int] = Counter()
-        self.prompt_set = frozenset(self.tokens) if params.repetition_penalty != 1.0 else frozenset()
+        self.seen: dict[int, None] = dict.fromkeys(self.tokens) if params.repetition_penalty != 1.0 else {}  # prompt and output
 
     @property
     def num_outputs(self) -> int:
@@ -61,6 +63,8 @@ class Sequence:
         """A generated token."""
         self.tokens.append(token)
         self.output_counts[token] += 1
+        if self.request.params.repetition_penalty != 1.0:
+            self.seen[token] = None
 
     def block_hashes(self, num_blocks: int, block_size: int) -> list[bytes]:
         """Hashes of the first `num_blocks` full blocks."""

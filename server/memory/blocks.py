@@ -59,10 +59,14 @@ class BlockPool:
             found.append(block)
         return found
 
+    def can_allocate(self, num_blocks: int, reuse: Sequence[int] = ()) -> bool:
+        """Whether `allocate` would succeed."""
+        idle = sum(1 for block in reuse if self._references[block] == 0)
+        return num_blocks <= len(self._free) - idle
+
     def allocate(self, num_blocks: int, reuse: Sequence[int] = ()) -> list[int] | None:
         """`reuse` (from match) and `num_blocks` more, each with one more reference; None, and nothing changed, if too few are free."""
-        idle = sum(1 for block in reuse if self._references[block] == 0)
-        if num_blocks > len(self._free) - idle:
+        if not self.can_allocate(num_blocks, reuse):
             return None
         for block in reuse:
             if self._references[block] == 0:

@@ -4,14 +4,13 @@ Owns the views into the one block of bytes that an adapter is. Reading runs in a
 (DoRA's gain is a function of its weights) and runs in the engine's thread.
 """
 
-import mmap
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from server.adapters.pack import read_header
+from server.adapters.pack import read_data, read_header
 from server.errors import AdapterRefused
 from server.kernels.lora import GroupDelta, Part
 from server.model.overrides import with_parameters
@@ -74,14 +73,13 @@ def read_adapter(ref: AdapterRef, fingerprint: str, dtype: str) -> HostAdapter:
     """Read a pack into host memory. AdapterRefused if it is corrupt or was made for another base."""
     path = Path(ref.path)
     try:
-        header, data_offset = read_header(path)
+        header, _ = read_header(path)
         if header.hash != ref.hash or header.fingerprint != fingerprint or header.dtype != dtype:
-            raise AdapterRefused(f"adapter '{ref.name}': its pack was made for another base model or data type")
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            data = torch.empty(header.data_bytes, dtype=torch.uint8)
-            data.numpy()[:] = memoryview(view)[data_offset : data_offset + header.data_bytes]
-    except (OSError, ValueError) as error:
-        raise AdapterRefused(f"adapter '{ref.name}': its pack cannot be read ({type(error).__name__})") from error
+            raise AdapterRefused("its pack was made for another base model or data type")
+        data = torch.empty(header.data_bytes, dtype=torch.uint8)
+        read_data(path, memoryview(data.numpy()))
+    except AdapterRefused as refusal:
+        raise AdapterRefused(f"adapter '{ref.name}': {refusal.message}") from refusal
     return HostAdapter(header, data, ref.name)
 
 
@@ -91,6 +89,7 @@ class AdapterPlacer:
     def __init__(self, groups, layout, modules: dict[str, nn.Module], device: torch.device, replace_module) -> None:
         self._layout, self._modules, self._device, self._replace_module = layout, modules, device, replace_module
         self._num_groups = len(groups)
+        self._transposed = {site.name: site.transposed for site in layout.sites}
         self._place_of = {name: (group, column) for group in groups for name, column in zip(group.names, group.columns, strict=True)}
 
     def place(self, host: HostAdapter) -> DeviceAdapter:
@@ -127,6 +126,9 @@ class AdapterPlacer:
                 adapter.embedding.token_ids, adapter.embedding.token_rows = ids, rows
             else:
                 adapter.head_tokens = (ids, rows)
+            adapter.bytes += rows.nbytes + ids.nbytes
+        for part in (part for delta in adapter.groups if delta is not None for part in delta.parts if part.gain is not None):
+            adapter.bytes += part.gain.nbytes + part.b.nbytes  # what DoRA's gain made anew
         return adapter
 
     def _embedding(self, packed: PackedSite, name: str, view) -> EmbeddingDelta:
@@ -171,9 +173,6 @@ class AdapterPlacer:
     def _dora_gain(self, name: str, a: torch.Tensor, b: torch.Tensor, scale: float, magnitude: torch.Tensor) -> torch.Tensor:
         """magnitude / ||W + scale B A|| by output feature (DoRA, arXiv 2402.09353, section 4.1): [out]."""
         module = self._modules[name]
-        weight = module.weight.T if self._layout_transposed(name) else module.weight  # [out, in]
+        weight = module.weight.T if self._transposed[name] else module.weight  # [out, in]
         norm = torch.linalg.norm(weight.float() + scale * (b.T.float() @ a.float()), dim=1)
         return (magnitude.float() / norm).to(magnitude.dtype)
-
-    def _layout_transposed(self, name: str) -> bool:
-        return next(site.transposed for site in self._layout.sites if site.name == name)

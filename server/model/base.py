@@ -77,7 +77,7 @@ class BaseModel:
     """A causal language model of transformers, patched. ValueError where it is built in a way that the seams cannot serve."""
 
     def __init__(self, model: nn.Module, revision: str = "") -> None:
-        self.model, self.config, self.revision = model.eval(), model.config, revision
+        self.model, self.config, self.revision = model.eval().requires_grad_(False), model.config, revision
         self.state = ForwardState()
         self.embedding_module: nn.Embedding = model.get_input_embeddings()
         self.head_module: nn.Module = model.get_output_embeddings()
@@ -129,6 +129,7 @@ class BaseModel:
         finally:
             self.model._modules[self._decoder_name] = self.decoder
 
+    @torch.inference_mode()
     def place(self, host: HostAdapter) -> DeviceAdapter:
         """Put an adapter on the model's device."""
         return self._placer.place(host)

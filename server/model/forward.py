@@ -23,7 +23,6 @@ class ForwardState:
     def __init__(self) -> None:
         self.token_segments: list[Segment] = []
         self.head_segments: list[Segment] = []
-        self.num_rows = 0  # rows of the flattened batch
 
     def clear(self) -> None:
         """No adapters: the base alone."""

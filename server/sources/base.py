@@ -84,6 +84,10 @@ class Source(Protocol):
         """Write exactly the snapshot's files into the empty folder `into`. SourceChanged if the source holds other bytes by now."""
         ...
 
+    def adapter_ids(self, limit: int) -> list[str]:
+        """At most `limit` ids that `snapshot` would look at now, sorted; empty where a place cannot be listed (the hub)."""
+        ...
+
 
 class SourceChanged(SourceUnavailable):
     """The bytes behind a snapshot were replaced before they were read. The store takes a new snapshot and tries again."""

@@ -69,6 +69,10 @@ class HubSource:
         top = (file for file in listing if "/" not in file.name)
         return Snapshot(self.name, adapter_id, info.sha, select_files(adapter_id, top, self._options.max_adapter_bytes), revision=revision)
 
+    def adapter_ids(self, limit: int) -> list[str]:
+        """None: what the hub holds is not ours to list."""
+        return []
+
     def fetch(self, snapshot: Snapshot, into: Path, api_token: str | None = None, progress: Progress | None = None) -> None:
         """See Source. Progress counts whole files."""
         from huggingface_hub.utils import silent_tqdm

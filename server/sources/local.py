@@ -74,6 +74,18 @@ class LocalSource:
             if stat_signature(folder, snapshot.names) != snapshot.version:
                 raise SourceChanged(snapshot)
 
+    def adapter_ids(self, limit: int) -> list[str]:
+        """See Source. Folders with an adapter_config.json; hidden ones and links to folders are not walked."""
+        found: list[str] = []
+        with self._explain(""):
+            for folder, names, files in os.walk(self._root):
+                names[:] = sorted(name for name in names if not name.startswith("."))
+                if "adapter_config.json" in files and Path(folder) != self._root:
+                    found.append(Path(folder).relative_to(self._root).as_posix())
+                    if len(found) == limit:
+                        break
+        return sorted(found)
+
     def _contained(self, adapter_id: str, segments: list[str]) -> Path:
         """The real folder behind the id. AdapterRefused if links lead out of the root."""
         if not self._root.is_dir():

@@ -106,6 +106,29 @@ class S3Source:
             with self._explain(snapshot.adapter_id, snapshot):
                 self._download(where, file, into / file.name, tally, snapshot)
 
+    def adapter_ids(self, limit: int) -> list[str]:
+        """See Source. Every allowed prefix is listed, a thousand objects a call, until `limit` adapters are found."""
+        found: list[str] = []
+        for entry in self._allowed:
+            bucket, _, prefix = entry.partition("/")
+            with self._explain(f"s3://{entry}"):
+                for page in self._connect().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+                    for item in page.get("Contents", ()):
+                        key, slash, name = item["Key"].rpartition("/")
+                        if slash and name == "adapter_config.json" and len(found) < limit:
+                            found.append(self._id_of(bucket, key))
+                    if len(found) >= limit:
+                        return sorted(found)
+        return sorted(set(found))
+
+    def _id_of(self, bucket: str, key: str) -> str:
+        """The shortest id that `locate` reads as this place."""
+        folder = (self._options.model_folder or "").strip("/")
+        prefix = f"{folder}/" if folder else ""
+        if bucket == self._options.model_bucket and key.startswith(prefix):
+            return key.removeprefix(prefix)
+        return f"s3://{bucket}/{key}" if self._options.model_bucket else f"{bucket}/{key}"
+
     def _list(self, where: Location, adapter_id: str) -> list[SourceFile]:
         """The objects directly below the key, nothing deeper; the slash keeps `sql` from listing `sql-old`."""
         prefix = f"{where.key}/"

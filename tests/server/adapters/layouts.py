@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from server.adapters.pack import map_pack, view_tensor
+from server.adapters.pack import load_pack, view_tensor
 from server.adapters.parts import as_part, hash_weight
 from server.types import BaseLayout, Module, PackedAdapter, PackedSite, PackedTensor, Site
 
@@ -182,7 +182,7 @@ def _outputs(model: nn.Module, modules: dict[str, nn.Module], ids: torch.Tensor)
 @contextmanager
 def applied(model: nn.Module, layout: BaseLayout, path: Path) -> Iterator[PackedAdapter]:
     """`model` with the pack's sites, overrides and tokens in place of its own, as PackedSite and its kin are documented."""
-    header, data = map_pack(path)
+    header, data = load_pack(path)
 
     def view(tensor: PackedTensor | None) -> torch.Tensor | None:
         return None if tensor is None else torch.from_numpy(view_tensor(data, tensor, header.dtype).astype("float32"))

@@ -8,7 +8,7 @@ from peft.utils import merge_utils
 
 from server.adapters import merge
 from server.adapters.merge import merge_hash, merge_packs
-from server.adapters.pack import map_pack, view_tensor, write_pack
+from server.adapters.pack import load_pack, view_tensor, write_pack
 from server.adapters.strategies import majority_sign_mask, prune_randomly, prune_small
 from server.errors import AdapterRefused, ValidationFailed
 from tests.server.adapters.layouts import describe, llama, pack_outputs, tied_llama, train
@@ -72,9 +72,9 @@ def test_linear_is_pefts_cat_with_mixed_ranks_targets_and_negative_weights(tmp_p
 def test_linear_sums_lora_biases(tmp_path):
     layout, folders, packs = make(tmp_path, {"lora_bias": True}, {"lora_bias": True, "target_modules": ["q_proj", "v_proj"]}, {})
     header = merged(tmp_path, packs, [2.0, -1.0, 1.0], "linear")
-    headers = [map_pack(path) for path in packs]
+    headers = [load_pack(path) for path in packs]
     site = header.sites[0]
-    _, data = map_pack(tmp_path / "merged")
+    _, data = load_pack(tmp_path / "merged")
     parts = [view_tensor(d, h.sites[0].bias, "float32") for h, d in headers[:2]]
     np.testing.assert_allclose(view_tensor(data, site.bias, "float32"), 2 * parts[0] - parts[1], atol=1e-6)
 
@@ -230,7 +230,7 @@ def test_half_precision_merges_in_float32(tmp_path, dtype):
         write_pack(folder, describe(tied_llama(), dtype), "h", path)
     header = merged(tmp_path, packs, [1.0, 1.0], "linear")
     assert header.dtype == dtype
-    (one, one_data), (_, data) = map_pack(packs[0]), map_pack(tmp_path / "merged")
+    (one, one_data), (_, data) = load_pack(packs[0]), load_pack(tmp_path / "merged")
     q = next(site for site in header.sites if site.group >= 0)
     source = next(site for site in one.sites if site.site == q.site)
     np.testing.assert_array_equal(

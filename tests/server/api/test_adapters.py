@@ -205,6 +205,8 @@ def check_adapter_requests(live: LiveServer) -> None:
         "error": "Request failed during generation: Server error: Adapter 'team/none' was not found in source 'local'",
         "error_type": "generation",
     }
+    models = [(model["id"], model["parent"]) for model in live.client.get("/v1/models").json()["data"]]
+    assert models == [("base", None), ("team/sql", "base")]
     off = live.post("/generate", {"inputs": PROMPT, "parameters": {"adapter_id": "org/name", "adapter_source": "hub"}})
     assert off.status_code == 422 and "hub" in off.json()["error"]
 

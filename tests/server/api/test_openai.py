@@ -1,5 +1,7 @@
 """OpenAI's routes: shapes, streams, defaults, log probabilities, refusals in OpenAI's words."""
 
+import time
+
 import pytest
 
 from tests.server.api.live import LiveServer
@@ -225,3 +227,4 @@ def test_errors_in_a_stream(live: LiveServer) -> None:
 def test_models(live: LiveServer) -> None:
     models = live.client.get("/v1/models").json()
     assert models["object"] == "list" and models["data"][0]["id"] == "base" and models["data"][0]["max_model_len"] == 128
+    assert abs(models["data"][0]["created"] - time.time()) < 600

@@ -175,7 +175,7 @@ def test_an_adapter_whose_numbers_overflow_fails_alone(folders, tmp_path):
     assert texts([o for o in outputs if o.request_id == "base"]) == run(alone, wanted[:1])
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "other-base"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "weight", "other-base"])
 def test_a_bad_pack_fails_those_who_asked_for_it(damage, folders, tmp_path):
     core, base = engine()
     good = pack(folders / "one", base.layout, tmp_path / "good")
@@ -186,8 +186,8 @@ def test_a_bad_pack_fails_those_who_asked_for_it(damage, folders, tmp_path):
         (tmp_path / "bad").unlink()
     elif damage == "truncated":
         (tmp_path / "bad").write_bytes(data[:-100])
-    elif damage == "flipped":
-        data[60] ^= 0xFF
+    elif damage in ("flipped", "weight"):
+        data[60 if damage == "flipped" else -500] ^= 0xFF
         (tmp_path / "bad").write_bytes(data)
     params = SamplingParams(max_new_tokens=4)
     for name, ref in (("a", good), ("b", bad), ("c", bad), ("d", None)):
@@ -197,6 +197,35 @@ def test_a_bad_pack_fails_those_who_asked_for_it(damage, folders, tmp_path):
     refused = ("error", "AdapterRefused")
     assert ends == {"a": ("length", None), "b": refused, "c": refused, "d": ("length", None)}
     assert all(str(tmp_path) not in (o.error or "") for o in outputs)
+
+
+def test_dora_holds_what_is_counted(tmp_path):
+    """No autograd graph, no copy of the base's weights: what an adapter keeps alive is its own bytes."""
+    core, base = engine()
+    ref = pack(save_adapter(tmp_path / "dora", "llama", use_dora=True), base.layout, tmp_path / "dora.pack")
+    run(core, [EngineRequest("a", prompt(0), SamplingParams(max_new_tokens=2), ref)])
+    adapter = core.tiers._entries[ref.hash].device
+    parts = [part for delta in adapter.groups if delta is not None for part in delta.parts]
+    assert parts and all(tensor.grad_fn is None for part in parts for tensor in part if isinstance(tensor, torch.Tensor))
+    new = sum(part.gain.nbytes + part.b.nbytes for part in parts)
+    assert adapter.bytes == core.tiers._entries[ref.hash].host.bytes + new == core.tiers.device.used_bytes
+
+
+def test_a_lost_device_ends_the_engine_not_every_request_one_by_one(folders):
+    core, _ = engine()
+    core.runner.execute = lambda chunks: (_ for _ in ()).throw(torch.AcceleratorError("CUDA error: an illegal memory access"))
+    core.add(EngineRequest("a", prompt(0), SamplingParams(max_new_tokens=2)))
+    with pytest.raises(torch.AcceleratorError):
+        core.step()
+
+
+def test_a_second_request_of_an_id_does_not_end_the_first():
+    core, _ = engine()
+    request = EngineRequest("a", prompt(0), SamplingParams(max_new_tokens=4))
+    core.add(request)
+    core.add(request)
+    ends = [output.finish_reason for output in run_until_idle(core) if output.finish_reason]
+    assert ends == ["length"]
 
 
 def test_stop_ids_logprobs_and_counters():

@@ -94,7 +94,10 @@ async def test_a_life(tmp_path, model_dir):
             await engine.receive(Heartbeat)
         stats = engine.beats[-1].stats
         assert engine.beats[-1].phase_deadline_at is None and stats.num_blocks_used == 0 and stats.num_adapters_device == 1
+        engine.socket.send(Submit(EngineRequest("open", [5, 6], SamplingParams(max_new_tokens=90))))
+        await engine.receive(StepOutputs)
         engine.socket.send(Shutdown())
+        assert (await engine.finish("open"))[-1].finish_reason in ("aborted", "length")
         assert await asyncio.to_thread(engine.process.wait, 20) == 0
     finally:
         engine.close()

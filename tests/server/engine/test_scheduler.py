@@ -28,7 +28,7 @@ def request(name, prompt_len=5, max_new=4, adapter=None, size=10, salt="", offse
 
 def step(scheduler, finished=None):
     """One step of a model that always says 1; returns {request: tokens}."""
-    scheduler.collect_adapters()
+    scheduler.collect_failed()
     chunks = scheduler.schedule()
     for chunk in chunks:
         scheduler.complete(chunk)
@@ -115,7 +115,7 @@ def test_a_cold_adapter_is_not_overtaken_for_ever():
         deadline = time.monotonic() + 5
         while scheduler.tiers.state(adapter_hash) not in ("host", "device"):
             assert time.monotonic() < deadline
-            scheduler.collect_adapters()
+            scheduler.collect_failed()
 
     scheduler.add(request("hot0", adapter="hot", max_new=20))
     wait_for("hot")
@@ -153,15 +153,114 @@ def test_a_failed_adapter_fails_those_who_asked_for_it_alone():
     scheduler.add(request("c"))
     deadline = time.monotonic() + 5
     while len(failed) < 2 and time.monotonic() < deadline:
-        failed += scheduler.collect_adapters()
+        failed += scheduler.collect_failed()
     assert {s.request.request_id for s, _ in failed} == {"a", "b"} and scheduler.num_waiting == 1
     assert not scheduler.tiers._entries
 
 
 def test_what_can_never_run_is_refused_at_once():
     scheduler = make(num_blocks=4)
-    with pytest.raises(ValueError, match="17 tokens do not fit in the cache of 16"):
+    with pytest.raises(ValueError, match="17 tokens do not fit; a sequence has at most 16"):
         scheduler.add(request("a", prompt_len=10, max_new=7))
+    with pytest.raises(ValueError, match="at least one"):
+        scheduler.add(request("a", prompt_len=0))
+    with pytest.raises(ValueError, match="at least one"):
+        scheduler.add(request("a", max_new=0))
+    for token in (-1, 1 << 32):
+        with pytest.raises(ValueError, match="token ids"):
+            scheduler.add(EngineRequest("a", [1, token], SamplingParams(max_new_tokens=1)))
     scheduler.add(request("a"))
-    with pytest.raises(ValueError, match="already in use"):
+    with pytest.raises(KeyError):
         scheduler.add(request("a"))
+    assert make(max_sequence_len=9).max_sequence_len == 9
+
+
+def test_ids_beyond_the_vocabulary_are_refused_before_they_reach_the_device():
+    scheduler = make(vocab_size=lambda adapter_hash: 60 if adapter_hash else 40)
+    with pytest.raises(ValueError, match="token id 48 is not in the vocabulary of 40"):
+        scheduler.add(EngineRequest("a", [48], SamplingParams(max_new_tokens=1)))
+    scheduler.add(EngineRequest("b", [48], SamplingParams(max_new_tokens=1), AdapterRef("x", "1", "x")))  # the adapter added tokens
+    scheduler.add(EngineRequest("c", [70], SamplingParams(max_new_tokens=1), AdapterRef("x", "1", "x")))
+    deadline, failed, ran = time.monotonic() + 5, [], {}
+    while not (failed and ran) and time.monotonic() < deadline:
+        failed += scheduler.collect_failed()
+        ran |= {chunk.sequence.request.request_id: chunk.num_tokens for chunk in scheduler.schedule()}
+    assert ran == {"b": 1}
+    assert [(s.request.request_id, str(e)) for s, e in failed] == [("c", "token id 70 is not in the vocabulary of 60")]
+
+
+def test_an_adapter_that_cannot_be_placed_fails_its_own_sequence():
+    scheduler, failed = make(), []
+
+    def place(host):
+        raise MemoryError("device")
+
+    scheduler.tiers._place = place
+    scheduler.add(request("a", adapter="x"))
+    scheduler.add(request("b"))
+    ran, deadline = {}, time.monotonic() + 5
+    while not (failed and ran) and time.monotonic() < deadline:
+        failed += scheduler.collect_failed()
+        ran |= {chunk.sequence.request.request_id: chunk.num_tokens for chunk in scheduler.schedule()}
+    assert ran == {"b": 5} and [(s.request.request_id, type(e).__name__) for s, e in failed] == [("a", "GenerationFailed")]
+    assert scheduler.num_waiting == 0
+
+
+def test_a_sequence_of_this_step_is_never_preempted_for_another():
+    """Older and younger run; the older one's prompt needs more blocks than are free while the younger one already has its row."""
+    gate = []
+
+    def read(ref):
+        while not gate:
+            time.sleep(0.001)
+        return SimpleNamespace(bytes=1)
+
+    scheduler = make(num_blocks=8, max_batch_tokens=12, max_batch_size=2, read=read, prefix_caching=False)
+    scheduler.add(request("old", prompt_len=24, max_new=4, adapter="x"))
+    scheduler.add(request("young", prompt_len=8, max_new=20, offset=3))
+    step(scheduler)
+    gate.append(True)
+    deadline, finished = time.monotonic() + 5, []
+    while scheduler.tiers.state("x") != "host" and time.monotonic() < deadline:
+        scheduler.tiers.arrived.wait(0.01)
+        scheduler.collect_failed()
+    while len(finished) < 2 and time.monotonic() < deadline:
+        scheduler.collect_failed()
+        chunks = scheduler.schedule()
+        for chunk in chunks:
+            assert len(chunk.sequence.blocks) * 4 >= chunk.sequence.num_computed + chunk.num_tokens
+        for chunk in chunks:
+            scheduler.complete(chunk)
+            if chunk.samples:
+                chunk.sequence.append(1)
+                if chunk.sequence.num_outputs >= chunk.sequence.request.params.max_new_tokens:
+                    scheduler.remove(chunk.sequence.request.request_id)
+                    finished.append(chunk.sequence)
+    assert len(finished) == 2 and scheduler.num_preemptions > 0
+
+
+def test_the_base_runs_while_an_adapter_waits_for_room():
+    scheduler = make(device_bytes=10, max_batch_size=8, num_blocks=64)
+    scheduler.MAX_OVERTAKEN_S = 0.0
+    for name in ("hot", "cold"):
+        scheduler.add(request(name, adapter=name, max_new=30))
+        deadline = time.monotonic() + 5
+        while scheduler.tiers.state(name) not in ("host", "device") and time.monotonic() < deadline:
+            scheduler.collect_failed()
+        step(scheduler)
+    assert [s.request.request_id for s in scheduler.running] == ["hot"]
+    scheduler.add(request("base", offset=5))
+    assert "base" in step(scheduler)
+
+
+def test_waiting_for_blocks_does_not_wear_the_tiers():
+    scheduler = make(num_blocks=4, device_bytes=10)
+    scheduler.add(request("big", prompt_len=8, max_new=8))
+    step(scheduler)
+    scheduler.add(request("a", prompt_len=8, adapter="x"))
+    deadline = time.monotonic() + 5
+    while scheduler.tiers.state("x") != "host" and time.monotonic() < deadline:
+        scheduler.collect_failed()
+    for _ in range(5):
+        scheduler.schedule()
+    assert scheduler.tiers.state("x") == "host" and scheduler.tiers._entries["x"].uses == 0

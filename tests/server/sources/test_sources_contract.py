@@ -34,6 +34,20 @@ def test_fetch_brings_exactly_what_an_adapter_needs(world: tuple[str, World], tm
     assert [done for done, _ in told] == sorted(done for done, _ in told)
 
 
+def test_what_is_listed_can_be_asked_for(world: tuple[str, World]) -> None:
+    source = open_source(world)
+    for name in ("sql", "team/json", "team/pirate"):
+        world[1].put(name, adapter_files())
+    listed = source.adapter_ids(10)
+    if world[0] == "hub":
+        assert listed == []
+        return
+    assert len(listed) == 3 and listed == sorted(listed)
+    wanted = {source.snapshot(world[1].adapter_id(name)).adapter_id for name in ("sql", "team/json", "team/pirate")}
+    assert {source.snapshot(adapter_id).adapter_id for adapter_id in listed} == wanted
+    assert len(source.adapter_ids(2)) == 2
+
+
 def test_version_names_the_bytes(world: tuple[str, World]) -> None:
     source, adapter_id = open_source(world), world[1].adapter_id("sql")
     world[1].put("sql", adapter_files(1))
