@@ -16,7 +16,7 @@ READY := .venv/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv model demo serve test lint format bench train-examples clean
+.PHONY: help venv model demo serve test lint format bench docs train-examples clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -65,6 +65,9 @@ format: $(READY) ## format and fix what can be fixed by itself
 
 bench: model ## CPU throughput against transformers + PEFT; the last line is JSON
 	.venv/bin/python -m benchmarks $(ARGS)
+
+docs: $(READY) ## write the tables of the documentation anew from the code
+	.venv/bin/python -m docs.tables
 
 train-examples: model ## train and measure the three example adapters again (a few minutes each)
 	.venv/bin/python -m examples.train $(ARGS)
