@@ -10,8 +10,10 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import tempfile
 import time
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from server.engine.core import EngineCore, run_until_idle
 from server.types import AdapterRef, EngineOptions, EngineRequest, SamplingParams
 
 ADAPTERS = Path(__file__).parent.parent / "examples" / "adapters"
+RESULTS = Path(__file__).parent / "results"
 NAMES: list[str | None] = [None, "sql", "json", "pirate"]
 
 
@@ -132,7 +135,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--batches", type=int, default=3, help="requests a repeat, in multiples of the batch size")
+    parser.add_argument("--batches", type=int, default=4, help="requests a repeat, in multiples of the batch size")
+    parser.add_argument("--save", action="store_true", help="keep the result under benchmarks/results; README's table is made from it")
     arguments = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -151,7 +155,18 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
     }
-    print(json.dumps({"benchmark": "cpu", "rows": rows, "versions": versions, "repeats": arguments.repeats, "machine": machine}))
+    result = {"benchmark": "cpu", "rows": rows, "versions": versions, "repeats": arguments.repeats, "machine": machine}
+    if arguments.save:
+        save(result)
+    print(json.dumps(result))
+
+
+def save(result: dict) -> None:
+    """Write the result under the day and the commit that it was measured on."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
+    RESULTS.mkdir(exist_ok=True)
+    day = datetime.now(UTC).date().isoformat()
+    (RESULTS / f"{day}-cpu-{commit or 'unknown'}.json").write_text(json.dumps({**result, "commit": commit, "day": day}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ _ENGINE = {  # field of ipc.messages.EngineStats -> (name, what it is); *_total 
     "num_waiting": ("lorax_queue_length", "Sequences that wait for their first step"),
     "num_blocks_used": ("manylora_kv_blocks_used", "KV blocks held by sequences"),
     "num_blocks": ("manylora_kv_blocks", "KV blocks there are"),
-    "num_blocks_cached": ("manylora_kv_blocks_cached", "Free KV blocks that hold a reusable prefix"),
+    "num_blocks_cached": ("manylora_kv_blocks_cached", "KV blocks that hold a prefix that can be reused, in use or not"),
     "num_steps": ("manylora_engine_steps_total", "Steps of the engine"),
     "num_prompt_tokens": ("manylora_prompt_tokens_total", "Prompt tokens taken in"),
     "num_cached_tokens": ("manylora_cached_prompt_tokens_total", "Prompt tokens read from the prefix cache"),

@@ -19,6 +19,8 @@ from server.types import EngineRequest
 
 log = logging.getLogger(__name__)
 
+MAX_LOGPROBS_CHUNK = 256  # tokens
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -147,7 +149,7 @@ class Scheduler:
         num_preemptions = self.num_preemptions
         for decoding in (True, False):
             for sequence in [s for s in self.running if (s.num_pending == 1) == decoding]:
-                num_tokens = min(sequence.num_pending, budget)
+                num_tokens = min(_longest_chunk(sequence), budget)
                 # One that was preempted for another of this step holds no blocks any more, and waits.
                 if num_tokens > 0 and sequence.blocks and self._grow(sequence, num_tokens, scheduled):
                     chunks.append(Chunk(sequence, num_tokens, num_tokens == sequence.num_pending))
@@ -268,7 +270,7 @@ class Scheduler:
             # The last token is always computed: its logits are what the step is for.
             reuse = self.pool.match(sequence.block_hashes((len(sequence.tokens) - 1) // size, size))
         num_computed = len(reuse) * size
-        num_tokens = min(len(sequence.tokens) - num_computed, budget)
+        num_tokens = min(len(sequence.tokens) - num_computed, _longest_chunk(sequence), budget)
         num_blocks = -(-(num_computed + num_tokens) // size) - len(reuse)
         # Room for the next token of those who run, so that the newcomer does not push them out at once.
         reserve = len(self.running)
@@ -286,6 +288,11 @@ class Scheduler:
             sequence.num_cached = sequence.num_computed
             self.num_cached_tokens += sequence.num_computed
         self.running.append(sequence)
+
+
+def _longest_chunk(sequence: Sequence) -> int:
+    """Prompt log probabilities need a row of the whole vocabulary for each token: a long chunk of them would hold up everybody else."""
+    return sequence.num_pending if sequence.prompt_logprobs is None else min(sequence.num_pending, MAX_LOGPROBS_CHUNK)
 
 
 def _describe(error: Exception) -> str:

@@ -33,6 +33,21 @@ class GroupDelta(NamedTuple):
     parts: tuple[Part, ...]
 
 
+def fuse(delta: GroupDelta) -> GroupDelta:
+    """The same delta with one part: the parts' B matrices side by side in [sum of ranks, outs], zeros elsewhere, their scales in them.
+
+    More arithmetic and fewer calls: what a CPU wants, where a call costs as much as the few rows' product. A delta with anything but
+    plain factors is returned as it is."""
+    parts = delta.parts
+    if len(parts) < 2 or any(p.b is None or p.gain is not None or p.bias is not None or p.weight is not None for p in parts):
+        return delta
+    start, stop = min(p.start for p in parts), max(p.stop for p in parts)
+    b = delta.a.new_zeros(delta.a.shape[0], stop - start)  # [sum of ranks, outs]
+    for p in parts:
+        b[p.r_start : p.r_stop, p.start - start : p.stop - start] = p.b * p.scale
+    return GroupDelta(delta.a, (Part(start, stop, 0, delta.a.shape[0], 1.0, b),))
+
+
 def add_delta(y: torch.Tensor, x: torch.Tensor, delta: GroupDelta) -> None:
     """y [rows, sum of outs] (the base's product, in place) and x [rows, in], both of one adapter's rows.
 
@@ -46,6 +61,7 @@ def add_delta(y: torch.Tensor, x: torch.Tensor, delta: GroupDelta) -> None:
         if part.gain is not None:
             columns.mul_(part.gain)
         if part.b is not None:
-            columns.addmm_(h[:, part.r_start : part.r_stop], part.b, alpha=part.scale)
+            ranks = h if part.r_stop - part.r_start == h.shape[1] else h[:, part.r_start : part.r_stop]
+            columns.addmm_(ranks, part.b, alpha=part.scale)
         if part.bias is not None:
             columns.add_(part.bias)

@@ -12,11 +12,15 @@ from torch import nn
 
 from server.adapters.pack import read_data, read_header
 from server.errors import AdapterRefused
-from server.kernels.lora import GroupDelta, Part
+from server.kernels.lora import GroupDelta, Part, fuse
 from server.model.overrides import with_parameters
 from server.types import AdapterRef, PackedAdapter, PackedSite, PackedTensor
 
 TORCH_DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor)
 
 
 @dataclass(slots=True)
@@ -89,7 +93,6 @@ class AdapterPlacer:
     def __init__(self, groups, layout, modules: dict[str, nn.Module], device: torch.device, replace_module) -> None:
         self._layout, self._modules, self._device, self._replace_module = layout, modules, device, replace_module
         self._num_groups = len(groups)
-        self._transposed = {site.name: site.transposed for site in layout.sites}
         self._place_of = {name: (group, column) for group in groups for name, column in zip(group.names, group.columns, strict=True)}
 
     def place(self, host: HostAdapter) -> DeviceAdapter:
@@ -127,8 +130,9 @@ class AdapterPlacer:
             else:
                 adapter.head_tokens = (ids, rows)
             adapter.bytes += rows.nbytes + ids.nbytes
-        for part in (part for delta in adapter.groups if delta is not None for part in delta.parts if part.gain is not None):
-            adapter.bytes += part.gain.nbytes + part.b.nbytes  # what DoRA's gain made anew
+        made = {t.untyped_storage().data_ptr(): t for d in adapter.groups if d is not None for p in d.parts for t in p if _is_tensor(t)}
+        made.pop(data.untyped_storage().data_ptr(), None)
+        adapter.bytes += sum(tensor.nbytes for tensor in made.values())  # what gains and fused factors take beside the pack's data
         return adapter
 
     def _embedding(self, packed: PackedSite, name: str, view) -> EmbeddingDelta:
@@ -149,7 +153,8 @@ class AdapterPlacer:
             part = self._part(packed, name, view, row)
             parts.append(part._replace(start=start, stop=start + packed.weight.shape[0] if packed.weight is not None else stop))
             row += packed.rank
-        return GroupDelta(matrix, tuple(parts))
+        delta = GroupDelta(matrix, tuple(parts))
+        return fuse(delta) if self._device.type == "cpu" else delta
 
     def _part(self, packed: PackedSite, name: str, view, row: int) -> Part:
         part = Part(0, 0, row, row + packed.rank, packed.scale)
@@ -170,9 +175,12 @@ class AdapterPlacer:
             bias = kept if bias is None else bias + kept
         return part._replace(b=b * gain, gain=gain, bias=bias)
 
+    def _weight_of(self, name: str) -> torch.Tensor:
+        group = self._place_of[name][0]
+        return group.product.weight(group.names.index(name))
+
     def _dora_gain(self, name: str, a: torch.Tensor, b: torch.Tensor, scale: float, magnitude: torch.Tensor) -> torch.Tensor:
         """magnitude / ||W + scale B A|| by output feature (DoRA, arXiv 2402.09353, section 4.1): [out]."""
-        module = self._modules[name]
-        weight = module.weight.T if self._transposed[name] else module.weight  # [out, in]
+        weight = self._weight_of(name)  # [out, in]
         norm = torch.linalg.norm(weight.float() + scale * (b.T.float() @ a.float()), dim=1)
         return (magnitude.float() / norm).to(magnitude.dtype)

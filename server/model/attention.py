@@ -99,7 +99,7 @@ class PagedAttention:
         # is masked out is still multiplied by nought, and another request's NaN times nought is NaN.
         self.keys = [_zeros((num_blocks + 1, block_size, s.num_kv_heads, s.key_dim), dtype, device) for s in shapes]
         self.values = [_zeros((num_blocks + 1, block_size, s.num_kv_heads, s.value_dim), dtype, device) for s in shapes]
-        self._fresh = torch.empty(0, dtype=torch.long, device=device)
+        self._fresh: list[int] = []
         self._device = device
         self._slots = torch.empty(0, dtype=torch.long, device=device)
         self._buckets: list[_DecodeBucket] = []
@@ -120,12 +120,11 @@ class PagedAttention:
             slots.extend(span.blocks[p // size] * size + p % size for p in range(span.context_len - span.num_tokens, span.context_len))
         self._slots = torch.tensor(slots, dtype=torch.long, device=self._device)
         # A sequence's last block is part filled; what its last owner left in the rest must not be read.
-        fresh = [
+        self._fresh = [
             s.blocks[s.context_len // size]
             for s in spans
             if s.context_len % size and s.context_len // size * size >= s.context_len - s.num_tokens
         ]
-        self._fresh = torch.tensor(fresh, dtype=torch.long, device=self._device)
         self._prefills = [
             _Prefill(s.start, s.num_tokens, s.context_len, torch.tensor(s.blocks[: -(-s.context_len // size)], device=self._device))
             for s in spans
@@ -167,9 +166,9 @@ class PagedAttention:
     ) -> torch.Tensor:
         """query [tokens, heads, key_dim], key and value [tokens, kv_heads, dim] -> [tokens, heads, value_dim]."""
         keys, values, window = self.keys[layer], self.values[layer], self.shapes[layer].window
-        if len(self._fresh):
-            keys.index_fill_(0, self._fresh, 0)
-            values.index_fill_(0, self._fresh, 0)
+        for block in self._fresh:
+            keys[block].zero_()
+            values[block].zero_()
         keys.view(-1, *keys.shape[2:]).index_copy_(0, self._slots, key)
         values.view(-1, *values.shape[2:]).index_copy_(0, self._slots, value)
         out = query.new_empty(*query.shape[:2], values.shape[-1])  # [tokens, heads, value_dim]

@@ -92,9 +92,10 @@ class BaseModel:
         self._axes = found.axes
         self._replaced: dict[str, ReplacedModule] = {}
         self.attention: PagedAttention | None = None
+        hashes = {name: _hash_weight(self._modules[name].weight) for name in self._tied_names()}
         self.groups, sites = self._patch(found)
         self._embedding = EmbeddingSite(self.embedding_module, self.state)
-        self.layout = self._describe(sites)
+        self.layout = self._describe(sites, hashes)
         self._placer = AdapterPlacer(self.groups, self.layout, self._modules, self.device, self._replace)
 
     @property
@@ -150,7 +151,8 @@ class BaseModel:
             sites.extend(described)
         if isinstance(self.head_module, (nn.Linear, Conv1D)):
             site = describe_site(self._names[id(self.head_module)], self.head_module, len(groups))
-            groups.append(HeadGroup(len(groups), [site.name], [self.head_module], [site.out_features], self.state))
+            tied = self.head_module.weight is self.embedding_module.weight
+            groups.append(HeadGroup(len(groups), [site.name], [self.head_module], [site.out_features], self.state, share_weight=tied))
             sites.append(site)
         return groups, sites
 
@@ -158,7 +160,7 @@ class BaseModel:
         """The embedding and the head: what PEFT may save a second time although nothing changed it."""
         return [self._names[id(self.embedding_module)], self._names[id(self.head_module)]]
 
-    def _describe(self, sites: list[Site]) -> BaseLayout:
+    def _describe(self, sites: list[Site], weight_hashes: dict[str, str]) -> BaseLayout:
         site_names = {site.name for site in sites}
         modules = [
             Module(
@@ -182,7 +184,7 @@ class BaseModel:
             dtype=DTYPE_NAMES[self.dtype],
             sites=sites,
             modules=modules,
-            weight_hashes={name: _hash_weight(self._modules[name].weight) for name in self._tied_names()},
+            weight_hashes=weight_hashes,
         )
         digest = hashlib.sha256(msgspec.msgpack.encode(layout)).hexdigest()[:32]
         return msgspec.structs.replace(layout, fingerprint=digest)

@@ -1,6 +1,6 @@
 """The second seam: every linear that an adapter may target adds its rows' LoRA deltas; siblings that read one input run as one product.
 
-Owns the packed weights and the patched `forward` of the modules. It does not know requests: which rows are whose comes from ForwardState,
+Owns the patched `forward` of the modules. It does not know requests: which rows are whose comes from ForwardState,
 what an adapter does at a group from DeviceAdapter.groups. Modules keep their place and class in Hugging Face's model; only `forward` of
 the instance is replaced, so whatever linear a quantizer put there stays in use.
 """
@@ -11,32 +11,30 @@ from torch import nn
 
 from server.kernels.lora import add_delta
 from server.model.forward import ForwardState, Segment
+from server.model.product import Product
 
 
 class SiteGroup:
     """Linears that read the same tensor. Columns [start, stop) of the group's product belong to each."""
 
-    def __init__(self, index: int, names: list[str], modules: list[nn.Module], outs: list[int], state: ForwardState) -> None:
+    def __init__(
+        self,
+        index: int,
+        names: list[str],
+        modules: list[nn.Module],
+        outs: list[int],
+        state: ForwardState,
+        *,
+        share_weight: bool = False,
+    ) -> None:
         self.index, self.names, self.modules, self.state = index, names, modules, state
         stops = [sum(outs[: i + 1]) for i in range(len(outs))]
         self.columns = [(stop - out, stop) for stop, out in zip(stops, outs, strict=True)]
         self._input: torch.Tensor | None = None
-        self._product: torch.Tensor | None = None
-        self._base = modules[0].forward
-        if len(modules) > 1:
-            self._pack()
+        self._result: torch.Tensor | None = None
+        self.product = Product(modules, share_weight=share_weight)
         for position, module in enumerate(modules):
             module.forward = self._forward_of(position)
-
-    def _pack(self) -> None:
-        """One weight for all; the modules' own parameters become views of it, so nothing is held twice."""
-        weight = torch.cat([m.weight.data for m in self.modules])  # [sum of outs, in]
-        bias = None if self.modules[0].bias is None else torch.cat([m.bias.data for m in self.modules])
-        for module, (start, stop) in zip(self.modules, self.columns, strict=True):
-            module.weight.data = weight[start:stop]
-            if bias is not None:
-                module.bias.data = bias[start:stop]
-        self._base = lambda x: F.linear(x, weight, bias)
 
     def _forward_of(self, position: int):
         if len(self.modules) == 1:
@@ -47,10 +45,10 @@ class SiteGroup:
         def forward(x: torch.Tensor) -> torch.Tensor:
             # The first sibling computes for all. A caller that passes another tensor simply gets a product of its own.
             if x is not self._input:
-                self._input, self._product = x, self.compute(x)
-            out = self._product[..., start:stop]
+                self._input, self._result = x, self.compute(x)
+            out = self._result[..., start:stop]
             if last:
-                self._input = self._product = None
+                self._input = self._result = None
             return out
 
         return forward
@@ -61,7 +59,7 @@ class SiteGroup:
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
         """The base's product with every row's delta: x [.., in] -> [.., sum of outs]."""
-        y = self._base(x)
+        y = self.product(x)
         segments = self.segments()
         if segments:
             flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
@@ -81,7 +79,7 @@ class HeadGroup(SiteGroup):
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
         """x [.., in] -> logits [.., widest vocabulary of the batch]; columns beyond a row's own vocabulary mean nothing."""
-        y = self._base(x)
+        y = self.product(x)
         segments = self.segments()
         if not segments:
             return y

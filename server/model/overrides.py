@@ -57,13 +57,18 @@ class ReplacedModule:
     def forward(self, *args, **kwargs):
         """As the base's, with the rows of adapters that replace this module computed again by their own."""
         out = self._base(*args, **kwargs)
+        num_rows = args[0].shape[self.axis]
         for segment in self.state.token_segments:
             own = segment.adapter.modules.get(self.name)
             if own is not None:
                 rows = (slice(None),) * self.axis + (slice(segment.start, segment.stop),)
-                new = own(*(a[rows] if isinstance(a, torch.Tensor) else a for a in args), **kwargs)
+                new = own(*(a[rows] if self._has_rows(a, num_rows) else a for a in args), **kwargs)
                 out = _put(out, new, rows)
         return out
+
+    def _has_rows(self, argument: object, num_rows: int) -> bool:
+        """What the probe permuted: a tensor that has the batch's rows on the module's axis."""
+        return isinstance(argument, torch.Tensor) and argument.dim() > self.axis and argument.shape[self.axis] == num_rows
 
 
 def _put(out, new, rows: tuple[slice, ...]):

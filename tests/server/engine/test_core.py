@@ -207,7 +207,7 @@ def test_dora_holds_what_is_counted(tmp_path):
     adapter = core.tiers._entries[ref.hash].device
     parts = [part for delta in adapter.groups if delta is not None for part in delta.parts]
     assert parts and all(tensor.grad_fn is None for part in parts for tensor in part if isinstance(tensor, torch.Tensor))
-    new = sum(part.gain.nbytes + part.b.nbytes for part in parts)
+    new = sum(part.gain.nbytes + part.b.nbytes for part in parts)  # all else lies in the pack's data
     assert adapter.bytes == core.tiers._entries[ref.hash].host.bytes + new == core.tiers.device.used_bytes
 
 

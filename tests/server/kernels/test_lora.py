@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from server.kernels.lora import GroupDelta, Part, add_delta
+from server.kernels.lora import GroupDelta, Part, add_delta, fuse
 
 
 @pytest.mark.parametrize("rows", [1, 2, 17])
@@ -25,6 +25,23 @@ def test_matches_the_formula(rows, ranks):
         row, column = row + rank, column + out
     add_delta(y, x, GroupDelta(a, tuple(parts)))
     assert torch.allclose(y.double(), expected, atol=1e-4)
+
+
+def test_fused_parts_mean_the_same():
+    torch.manual_seed(0)
+    x, y, a = torch.randn(3, 12), torch.randn(3, 30), torch.randn(7, 12)
+    parts = (
+        Part(2, 10, 0, 3, 0.5, torch.randn(3, 8)),
+        Part(10, 14, 3, 4, 2.0, torch.randn(1, 4)),
+        Part(20, 29, 4, 7, -1.0, torch.randn(3, 9)),
+    )
+    expected, fused = y.clone(), y.clone()
+    add_delta(expected, x, GroupDelta(a, parts))
+    one = fuse(GroupDelta(a, parts))
+    add_delta(fused, x, one)
+    assert len(one.parts) == 1 and torch.allclose(expected, fused, atol=1e-5)
+    for special in (Part(0, 1, bias=torch.ones(1)), parts[0]._replace(gain=torch.ones(8))):
+        assert len(fuse(GroupDelta(a, (*parts, special))).parts) == 4
 
 
 def test_a_replaced_weight_takes_the_place_of_the_base():
