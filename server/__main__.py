@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NoReturn
 
 from server.settings import Settings, SettingsError, read_settings
 
@@ -66,5 +67,15 @@ def main(argv: Sequence[str]) -> int:
     return servers[0].exit_code
 
 
+def end(code: int) -> NoReturn:
+    """End the process now. The interpreter's own end would first wait for threads that hang in a file system or a bucket.
+
+    Requests and engine have ended by now; what such a thread leaves in the store's staging is swept at a later start."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end(main(sys.argv[1:]))

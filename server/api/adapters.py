@@ -1,90 +1,63 @@
 """From what a request says of an adapter to what the engine and the tokenizer need: found, fetched, packed, tokenizer read.
 
-Owns the threads in which that happens (some for each source, so that a slow one holds up nobody else), single flight, and what is
-remembered: a version's pack, never a failure for longer than a second. Knows no HTTP. The routes call `resolve`, and pin what they got
-while they run.
+Owns single flight and what is remembered: a version's pack, never a failure for longer than a second. All that blocks runs in
+api.source_threads: an adapter that is known waits for no fetch of another one. Knows no HTTP. The routes call `resolve`, and pin what they
+got while they run.
 """
 
 import asyncio
-import hashlib
 import logging
-import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
-from server.adapters.merge import merge_hash, merge_packs
-from server.adapters.pack import read_header, write_pack
-from server.api.text.tokenizer import TOKENIZER_FILES, Tokenizer, load_adapter_tokenizer
-from server.errors import AdapterRefused, ServerError
+from server.api.adapter_lists import AdapterLists
+from server.api.adapter_tokenizers import AdapterTokenizers
+from server.api.packing import AdapterPacker, Packed
+from server.api.selection import AdapterSelection, Merge, ResolvedAdapter
+from server.api.source_threads import SourceThreads, Work
+from server.api.text.tokenizer import Tokenizer
+from server.errors import AdapterRefused, ServerError, Unavailable
 from server.metrics import Metrics
-from server.sources import Snapshot, Source, Sources, Store, StoredAdapter, canonical_name
+from server.sources import Snapshot, Sources, Store, canonical_name
 from server.sources.space import mark_used
 from server.types import AdapterRef, BaseLayout
 
+__all__ = ["AdapterResolver", "AdapterSelection", "Merge", "ResolvedAdapter"]
+
 log = logging.getLogger(__name__)
 
-_THREADS_PER_SOURCE = 8
+Result = TypeVar("Result")
+Key = tuple[object, ...]
+
 _REMEMBER_FAILURE_S = 1.0
 _DOUBT_AGAIN_S = 60.0
-_LIST_AGAIN_S = 5.0
-_MAX_LISTED = 10_000
 _MAX_REMEMBERED = 20_000  # adapters; an entry is small
-_MAX_TOKENIZERS = 32  # of adapters that bring their own, by content; tens of MB each
-
-
-@dataclass(frozen=True)
-class Merge:
-    """LoRAX's merged_adapters, already checked."""
-
-    ids: tuple[str, ...]
-    weights: tuple[float, ...]
-    strategy: str = "linear"
-    density: float = 0.0
-    majority_sign_method: str = "total"
-
-
-@dataclass(frozen=True)
-class AdapterSelection:
-    """What a request says: one adapter, or several merged. `api_token` is the caller's own, for sources that know callers."""
-
-    source: str
-    adapter_id: str = ""
-    merge: Merge | None = None
-    api_token: str | None = None
-
-    @property
-    def ids(self) -> tuple[str, ...]:
-        """The ids as they were given."""
-        return self.merge.ids if self.merge is not None else (self.adapter_id,)
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        """Equal for requests that must get the same answer."""
-        token = hashlib.sha256((self.api_token or "").encode("utf-8", errors="surrogatepass")).digest()
-        return (self.source, self.adapter_id, self.merge, token)
-
-
-@dataclass(frozen=True)
-class ResolvedAdapter:
-    """An adapter that is ready on local disk. `tokenizer` is the base's own unless the adapter brings one or a chat template."""
-
-    ref: AdapterRef
-    tokenizer: Tokenizer
-    own_template: bool  # the chat template is a stranger's
 
 
 @dataclass(frozen=True)
 class _Known:
+    """An adapter that was resolved once. Its tokenizer is named, not held: the cache of tokenizers decides what stays in memory."""
+
     version: tuple[str, ...]
-    resolved: ResolvedAdapter
+    ref: AdapterRef
+    tokenizer_digest: str | None  # None: the base's
     checked_at: float
     cheap: bool  # asking the source again costs next to nothing
-    settled: bool  # may be remembered
+
+
+class _Flight:
+    """A resolution under way, and for how many."""
+
+    def __init__(self) -> None:
+        self.task: asyncio.Task[ResolvedAdapter]
+        self.job: Future[Any] | None = None  # what it waits for in a thread
+        self.num_waiting = 0
 
 
 class AdapterResolver:
@@ -95,15 +68,15 @@ class AdapterResolver:
         recheck_s: float = 2.0, max_merged_rank: int = 256,
     ) -> None:  # fmt: skip
         self._sources, self._store, self._base, self._metrics = sources, store, base, metrics
-        self._recheck_s, self._max_merged_rank = recheck_s, max_merged_rank
-        self._pools: dict[str, ThreadPoolExecutor] = {}
-        self._flights: dict[tuple[object, ...], asyncio.Task[ResolvedAdapter]] = {}
-        self._known: OrderedDict[tuple[object, ...], _Known] = OrderedDict()
-        self._failures: dict[tuple[object, ...], tuple[float, ServerError]] = {}
-        self._tokenizers: OrderedDict[str, Tokenizer | None] = OrderedDict()
-        self._tokenizers_lock = threading.Lock()
+        self._recheck_s = recheck_s
+        self._threads = SourceThreads()
+        self._lists = AdapterLists(sources, self._threads)
+        self._tokenizers = AdapterTokenizers(base, store)
+        self._packer = AdapterPacker(store, self._tokenizers, max_merged_rank=max_merged_rank)
+        self._flights: dict[Key, _Flight] = {}
+        self._known: OrderedDict[Key, _Known] = OrderedDict()
+        self._failures: OrderedDict[Key, tuple[float, ServerError]] = OrderedDict()  # oldest first
         self._doubted_at: dict[str, float] = {}
-        self._listed: dict[str, tuple[float, list[str]]] = {}
 
     async def resolve(self, selection: AdapterSelection, layout: BaseLayout) -> ResolvedAdapter:
         """The adapter, fetched and packed if it is not yet; one flight however many ask. The errors of Source and of adapters.pack."""
@@ -113,115 +86,95 @@ class AdapterResolver:
         if failed is not None and time.monotonic() - failed[0] < _REMEMBER_FAILURE_S:
             raise failed[1].with_traceback(None)
         flight = self._flights.get(key)
-        if flight is None:
-            flight = self._flights[key] = asyncio.create_task(self._fly(source, key, selection, layout))
-            flight.add_done_callback(lambda task: self._land(key, task))
-        return await asyncio.shield(flight)
+        if flight is None or flight.task.done():
+            flight = self._flights[key] = _Flight()
+            flight.task = asyncio.create_task(self._fly(flight, source, key, selection, layout))
+            flight.task.add_done_callback(lambda task: self._land(key, flight))
+        flight.num_waiting += 1
+        try:
+            return await asyncio.shield(flight.task)
+        except asyncio.CancelledError:
+            if flight.task.cancelled() and flight.num_waiting > 0 and not _is_cancelled():
+                raise Unavailable("the server is shutting down", retry_after_s=5.0) from None  # `close` dropped what waited
+            raise
+        finally:
+            flight.num_waiting -= 1
+            if flight.num_waiting == 0 and flight.job is not None and flight.job.cancel():
+                self._forget(key, flight)  # nobody waits and no thread has begun: the place in the queue is free at once
 
     async def list_ids(self, source: str) -> list[str]:
-        """Ids that the source holds, at most _MAX_LISTED; asked of it at most every few seconds. The errors of Source."""
-        source = canonical_name(source)
-        listed_at, ids = self._listed.get(source, (float("-inf"), []))
-        if time.monotonic() - listed_at > _LIST_AGAIN_S:
-            ids = await asyncio.to_thread(lambda: self._sources.get(source).adapter_ids(_MAX_LISTED))
-            self._listed[source] = (time.monotonic(), ids)
-        return ids
+        """Ids that the source holds, as api.adapter_lists remembers them. The errors of Source."""
+        return await self._lists.ids(source)
 
-    def _land(self, key: tuple[object, ...], task: asyncio.Task[ResolvedAdapter]) -> None:
+    def _land(self, key: Key, flight: _Flight) -> None:
         """Forget the flight; remember its failure for a moment. Reads the exception, so that nobody is warned of it if all callers left."""
-        self._flights.pop(key, None)
-        error = None if task.cancelled() else task.exception()
-        now = time.monotonic()
-        self._failures = {k: kept for k, kept in self._failures.items() if now - kept[0] < _REMEMBER_FAILURE_S}
+        self._forget(key, flight)
+        if flight.task.cancelled():
+            self._metrics.adapter_resolutions.labels(outcome="dropped").inc()
+            return
+        error, now = flight.task.exception(), time.monotonic()
+        while self._failures and now - next(iter(self._failures.values()))[0] >= _REMEMBER_FAILURE_S:
+            self._failures.popitem(last=False)
         if isinstance(error, ServerError):
+            self._failures.pop(key, None)
             self._failures[key] = (now, error)
         outcome = "ok" if error is None else type(error).__name__ if isinstance(error, ServerError) else "internal"
         self._metrics.adapter_resolutions.labels(outcome=outcome).inc()
 
-    async def _fly(self, source: str, key: tuple[object, ...], selection: AdapterSelection, layout: BaseLayout) -> ResolvedAdapter:
-        if source not in self._pools:
-            self._pools[source] = ThreadPoolExecutor(_THREADS_PER_SOURCE, thread_name_prefix=f"adapters-{source}")
-        known = self._known.get(key)
+    def _forget(self, key: Key, flight: _Flight) -> None:
+        if self._flights.get(key) is flight:
+            del self._flights[key]
+
+    async def _fly(self, flight: _Flight, source: str, key: Key, selection: AdapterSelection, layout: BaseLayout) -> ResolvedAdapter:
         with self._metrics.adapter_resolve.time():
-            found = await asyncio.get_running_loop().run_in_executor(
-                self._pools[source], lambda: self._resolve(known, self._sources.get(source), selection, layout)
+            known = self._known.get(key)
+            tokenizer = self._tokenizer(known)
+            if known is not None:
+                on_disk = await self._in_thread(flight, source, "known", lambda path=known.ref.path: mark_used(Path(path)))
+                if not on_disk or tokenizer is None:
+                    known = None  # the store let its pack go, or the cache its tokenizer
+            if known is not None and tokenizer is not None and not known.cheap and time.monotonic() - known.checked_at < self._recheck_s:
+                return self._resolved(known.ref, tokenizer)
+            work: Work = "fetch" if known is None else "known" if known.cheap else "ask"
+            snapshots = await self._in_thread(flight, source, work, lambda: self._ask(source, selection))
+            if known is not None and tokenizer is not None and known.version == _version(snapshots):
+                self._remember(key, replace(known, checked_at=time.monotonic()))
+                return self._resolved(known.ref, tokenizer)
+            packed = await self._in_thread(
+                flight, source, "fetch", lambda: self._packer.make(self._sources.get(source), selection, snapshots, layout)
             )
         self._known.pop(key, None)
-        if found.settled:
-            self._known[key] = found
-            while len(self._known) > _MAX_REMEMBERED:
-                self._known.popitem(last=False)
-        return found.resolved
+        if all(one.settled for one in packed.snapshots):
+            self._remember(key, _known(packed))
+        return self._resolved(packed.ref, packed.own[1] if packed.own is not None else self._base)
 
-    # -- in a thread ---------------------------------------------------------------------------------------------------------------
-
-    def _resolve(self, known: _Known | None, source: Source, selection: AdapterSelection, layout: BaseLayout) -> _Known:
-        """What is known if its source says that it is still the same, else made anew."""
-        if known is not None and not mark_used(Path(known.resolved.ref.path)):
-            known = None  # the store let its pack go
-        if known is not None and not known.cheap and time.monotonic() - known.checked_at < self._recheck_s:
-            return known
-        snapshots = [source.snapshot(adapter_id, api_token=selection.api_token) for adapter_id in selection.ids]
-        if known is not None and known.version == _version(snapshots):
-            return replace(known, checked_at=time.monotonic())
-        stored = [self._store.materialize(source, snapshot, api_token=selection.api_token) for snapshot in snapshots]
-        resolved = self._make(selection, stored, layout)
-        final = [one.snapshot for one in stored]
-        settled, cheap = all(one.settled for one in final), all(one.folder is not None for one in final)
-        return _Known(_version(final), resolved, time.monotonic(), cheap, settled)
-
-    def _make(self, selection: AdapterSelection, stored: list[StoredAdapter], layout: BaseLayout) -> ResolvedAdapter:
-        refs = [self._pack(one, layout) for one in stored]
-        if selection.merge is not None:
-            return self._merge(selection.merge, refs, layout)
-        own = self._tokenizer(stored[0], read_header(Path(refs[0].path))[0].vocab_size)
-        stranger = own is not None and own.chat_template != self._base.chat_template
-        return ResolvedAdapter(refs[0], own or self._base, stranger)
-
-    def _pack(self, stored: StoredAdapter, layout: BaseLayout) -> AdapterRef:
-        def write(out: Path) -> None:
-            write_pack(stored.path, layout, stored.hash, out)
-
-        adapter_id = stored.snapshot.adapter_id
+    async def _in_thread(self, flight: _Flight, source: str, work: Work, run: Callable[[], Result]) -> Result:
+        """The result of `run`; nothing is begun for a flight that everybody left."""
+        if flight.num_waiting == 0:
+            raise asyncio.CancelledError
+        flight.job = self._threads.submit(source, work, run)
         try:
-            path = self._store.publish_pack(stored.hash, _pack_key(layout), write, stored)
-        except AdapterRefused as refusal:
-            raise AdapterRefused(f"Adapter '{adapter_id}': {refusal.message}", param=refusal.param) from refusal
-        return AdapterRef(stored.hash, str(path), adapter_id)
+            return await asyncio.wrap_future(flight.job)
+        finally:
+            flight.job = None
 
-    def _merge(self, merge: Merge, refs: list[AdapterRef], layout: BaseLayout) -> ResolvedAdapter:
-        """The merged pack, under the hash of all that goes into it. Its random masks come of that hash, so the seed is always 0."""
-        options = (merge.strategy, merge.density, merge.majority_sign_method, 0)
-        hash = merge_hash([(ref.hash, weight) for ref, weight in zip(refs, merge.weights, strict=True)], *options)
-        inputs = [(Path(ref.path), weight) for ref, weight in zip(refs, merge.weights, strict=True)]
+    def _ask(self, name: str, selection: AdapterSelection) -> list[Snapshot]:
+        source = self._sources.get(name)
+        return [source.snapshot(adapter_id, api_token=selection.api_token) for adapter_id in selection.ids]
 
-        def write(out: Path) -> None:
-            merge_packs(inputs, *options, self._max_merged_rank, out)
+    def _tokenizer(self, known: _Known | None) -> Tokenizer | None:
+        if known is None or known.tokenizer_digest is None:
+            return self._base
+        return self._tokenizers.get(known.tokenizer_digest)
 
-        path = self._store.publish_pack(hash, _pack_key(layout), write)
-        return ResolvedAdapter(AdapterRef(hash, str(path), "+".join(merge.ids)), self._base, False)
+    def _resolved(self, ref: AdapterRef, tokenizer: Tokenizer) -> ResolvedAdapter:
+        return ResolvedAdapter(ref, tokenizer, tokenizer.chat_template != self._base.chat_template)
 
-    def _tokenizer(self, stored: StoredAdapter, num_rows: int) -> Tokenizer | None:
-        """The adapter's own tokenizer, one object for all adapters that bring the same files."""
-        digest = hashlib.sha256(str(num_rows).encode())
-        for name in TOKENIZER_FILES:
-            path = stored.path / name
-            if path.is_file():
-                digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-        name = digest.hexdigest()
-        with self._tokenizers_lock:
-            if name in self._tokenizers:
-                self._tokenizers.move_to_end(name)
-                return self._tokenizers[name]
-        try:
-            tokenizer = load_adapter_tokenizer(stored.path, self._base, num_rows=num_rows)
-        except OSError as error:
-            raise AdapterRefused(f"the adapter's tokenizer cannot be read ({error.strerror})") from None
-        with self._tokenizers_lock:
-            self._tokenizers[name] = tokenizer
-            while len(self._tokenizers) > _MAX_TOKENIZERS:
-                self._tokenizers.popitem(last=False)
-        return tokenizer
+    def _remember(self, key: Key, known: _Known) -> None:
+        self._known[key] = known
+        self._known.move_to_end(key)
+        while len(self._known) > _MAX_REMEMBERED:
+            self._known.popitem(last=False)
 
     # -- held while requests run ---------------------------------------------------------------------------------------------------
 
@@ -231,31 +184,38 @@ class AdapterResolver:
         if adapter is None:
             yield
             return
-        with self._store.pinned(adapter.ref.hash):
-            try:
+        try:
+            with self._store.pinned(adapter.ref.hash):
                 yield
-            except AdapterRefused:
-                self._doubt(adapter.ref.hash)
-                raise
+        except AdapterRefused:
+            self._doubt(adapter.ref.hash)  # after our own pin is gone
+            raise
 
     def _doubt(self, hash: str) -> None:
-        """The pack may have been damaged on disk; but not more than once a minute, since the engine may also be right."""
+        """The pack may have been damaged on disk; but not more than once a minute, since the engine may also be right. One that another
+        request still needs stays: the last of them to be refused has it removed."""
         now = time.monotonic()
         self._doubted_at = {known: at for known, at in self._doubted_at.items() if now - at < _DOUBT_AGAIN_S}
-        if hash not in self._doubted_at:
+        if hash not in self._doubted_at and not self._store.is_pinned(hash):
             self._doubted_at[hash] = now
             log.warning("the engine refused the pack of %s; it is made anew", hash)
-            asyncio.get_running_loop().run_in_executor(None, self._store.discard_packs, hash)
+            self._threads.submit("store", "known", lambda: self._store.discard_packs(hash))
 
     def close(self) -> None:
         """Take no more work; running fetches are left to end with the process."""
-        for pool in self._pools.values():
-            pool.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
 
 
-def _version(snapshots: list[Snapshot]) -> tuple[str, ...]:
+def _known(packed: Packed) -> _Known:
+    cheap = all(one.folder is not None for one in packed.snapshots)
+    return _Known(_version(packed.snapshots), packed.ref, packed.own[0] if packed.own is not None else None, time.monotonic(), cheap)
+
+
+def _version(snapshots: Sequence[Snapshot]) -> tuple[str, ...]:
     return tuple(snapshot.version for snapshot in snapshots)
 
 
-def _pack_key(layout: BaseLayout) -> str:
-    return f"{layout.fingerprint[:32]}-{layout.dtype}"
+def _is_cancelled() -> bool:
+    """Whether it is this task that is being cancelled, not what it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

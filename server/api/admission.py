@@ -1,13 +1,14 @@
 """How many sequences may be in flight, and the end of it all: draining.
 
-Owns one count. LoRAX counts requests; a request with n or best_of counts as many as it starts. The routes ask; api.serving drains.
+Owns one count, and the tasks that were admitted, so that none is left without an answer. LoRAX counts requests; a request with n or
+best_of counts as many as it starts. The routes ask; api.serving drains.
 """
 
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from server.errors import Overloaded, Unavailable, ValidationFailed
+from server.errors import Overloaded, ServerError, Unavailable, ValidationFailed
 from server.metrics import Metrics
 
 
@@ -20,6 +21,8 @@ class Admission:
         self._num_sequences = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._tasks: dict[object, asyncio.Task[object]] = {}  # one an admission; a stream's is done once its first event is out
+        self._ended: dict[asyncio.Task[object], ServerError] = {}
         self.draining = False
 
     def check(self) -> None:
@@ -38,10 +41,27 @@ class Admission:
         if self._num_sequences + num_sequences > self._max:
             raise Overloaded()
         self._add(num_sequences, 1)
+        admission, task = object(), asyncio.current_task()
+        assert task is not None
+        self._tasks[admission] = task
         try:
             yield
+        except asyncio.CancelledError:
+            if (error := self._ended.pop(task, None)) is None or asyncio.current_task() is not task:
+                raise
+            task.uncancel()
+            raise error from None
         finally:
+            del self._tasks[admission]
+            self._ended.pop(task, None)
             self._add(-num_sequences, -1)
+
+    def end_all(self, error: ServerError) -> None:
+        """End those that still wait for something, an adapter for example, with `error` as their answer."""
+        for task in self._tasks.values():
+            if not task.done():
+                self._ended[task] = error
+                task.cancel()
 
     def _add(self, num_sequences: int, num_requests: int) -> None:
         self._num_sequences += num_sequences

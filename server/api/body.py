@@ -18,6 +18,9 @@ from server.errors import BodyTooLarge, MalformedBody, ValidationFailed, WrongMe
 Body = TypeVar("Body", bound=RequestModel)
 
 _READ_TIMEOUT_S = 60.0
+# Each wrong item costs an error of about a kilobyte; no request needs nearly as many items.
+MAX_ITEMS = 10_000  # of one list or object
+_MAX_ALL_ITEMS = 50_000
 
 
 class ClientGone(Exception):
@@ -35,6 +38,8 @@ async def read_body(request: Request, schema: type[Body], *, max_bytes: int, ign
         value = from_json(await _read(request, max_bytes), allow_inf_nan=False)
     except ValueError as error:
         raise MalformedBody(f"Failed to parse the request body as JSON: {error}") from None
+    if isinstance(value, dict | list):
+        _check_sizes(value)
     while True:
         try:
             return schema.model_validate(value)
@@ -63,6 +68,23 @@ async def _read(request: Request, max_bytes: int) -> bytes:
     except TimeoutError:
         raise MalformedBody(f"The request body did not arrive within {_READ_TIMEOUT_S:.0f} s") from None
     return bytes(body)
+
+
+def _check_sizes(value: Any) -> None:
+    """Refuse lists and objects far beyond what any field takes, before each item is checked; token ids (lists in `prompt`) may be many."""
+    num_items = 0
+    pending: list[tuple[Any, tuple[Any, ...]]] = [(value, ())]
+    while pending:
+        value, loc = pending.pop()
+        if loc[:1] == ("prompt",) and isinstance(value, list) and len(loc) <= 2 and value and isinstance(value[0], int):
+            continue
+        num_items += len(value)
+        if len(value) > MAX_ITEMS or num_items > _MAX_ALL_ITEMS:
+            name, max_items = (_path(loc)[:200], MAX_ITEMS) if len(value) > MAX_ITEMS else (_path(loc[:1])[:200], _MAX_ALL_ITEMS)
+            what = f"`{name}`" if name else "the body"
+            raise ValidationFailed(f"{what} has more than {max_items} items", param=name or None)
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        pending += [(item, (*loc, key)) for key, item in items if isinstance(item, dict | list) and item]
 
 
 def _failure(schema: type[RequestModel], details: list[Any]) -> ValidationFailed:

@@ -107,18 +107,21 @@ class EngineClient:
     async def stop(self) -> None:
         """Stop the engine and end open requests."""
         self._stopping = True
-        if self._socket is not None:
-            with suppress(PeerLost):
-                self._socket.send(Shutdown())
-        if self._process is not None and self._process.returncode is None:
-            if self.ready is None:
-                self._process.terminate()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_STOP_TIMEOUT_S):
-                    await self._process.wait()
-        if self._supervisor is not None:
-            self._supervisor.cancel()
-            await asyncio.wait({self._supervisor})
+        try:
+            if self._socket is not None:
+                with suppress(PeerLost):
+                    self._socket.send(Shutdown())
+            if self._process is not None and self._process.returncode is None:
+                if self.ready is None:
+                    self._process.terminate()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_STOP_TIMEOUT_S):
+                        await self._process.wait()
+            if self._supervisor is not None:
+                self._supervisor.cancel()
+                await asyncio.wait({self._supervisor})
+        finally:
+            self.fail_open(Unavailable("the server is shutting down"))
 
     async def _supervise(self) -> None:
         backoff_s = self._backoff_s
@@ -146,9 +149,10 @@ class EngineClient:
         folder = Path(tempfile.mkdtemp(prefix="manylora-"))
         self._death, self._phase = "", "starting"
         self._started_at = time.monotonic()
-        socket = EngineSocket(f"ipc://{folder}/engine-0.sock")
+        socket: EngineSocket | None = None
         tasks: list[asyncio.Task[str]] = []
         try:
+            socket = EngineSocket(f"ipc://{folder}/engine-0.sock")
             options = folder / "options.json"
             options.write_bytes(msgspec.json.encode(self._options))
             process = await asyncio.create_subprocess_exec(
@@ -175,7 +179,8 @@ class EngineClient:
             if self._process is not None and self._process.returncode is None:
                 self._process.kill()
                 await self._process.wait()
-            socket.close()
+            if socket is not None:
+                socket.close()
             shutil.rmtree(folder, ignore_errors=True)
 
     async def _wait_exit(self, process: asyncio.subprocess.Process) -> str:

@@ -3,6 +3,7 @@
 Owns no state; the engine client, the settings and the metrics do.
 """
 
+import asyncio
 import logging
 from typing import Any
 
@@ -11,6 +12,7 @@ from starlette.responses import Response
 
 from server import __version__
 from server.api.body import body_docs, read_body
+from server.api.sampling import refuse
 from server.api.schemas_native import TokenizeRequest, TokenizeResponse
 from server.api.state import Api, ApiState
 from server.api.stream import json_response
@@ -94,8 +96,13 @@ def _model(api: Api, name: str, parent: str | None) -> dict[str, Any]:
 
 @router.post("/tokenize", response_model=list[TokenizeResponse], openapi_extra=body_docs(TokenizeRequest))
 async def tokenize(request: Request, api: ApiState) -> Response:
-    """The base tokenizer's tokens of a text."""
-    settings = api.settings
+    """The base tokenizer's tokens of a text that could be a prompt."""
+    api.admission.check()
+    settings, tokenizer = api.settings, api.model.tokenizer
     body = await read_body(request, TokenizeRequest, max_bytes=settings.max_body_bytes, ignore_unknown=settings.lorax_strict)
-    tokens = api.model.tokenizer.encode_with_offsets(body.inputs, add_special_tokens=body.add_special_tokens)
+    api.check_chars(tokenizer, body.inputs, "inputs")
+    with api.admission.admitted(1):
+        tokens = await asyncio.to_thread(tokenizer.encode_with_offsets, body.inputs, add_special_tokens=body.add_special_tokens)
+    if len(tokens) > (max_len := api.limits().max_input_length):
+        raise refuse(f"`inputs` must have less than {max_len} tokens. Given: {len(tokens)}", "inputs")
     return json_response([{"id": id, "text": text, "start": start, "stop": stop} for id, text, start, stop in tokens])

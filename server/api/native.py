@@ -41,31 +41,34 @@ class _Job:
 @router.post("/generate", response_model=GenerateResponse, responses=_ERRORS, openapi_extra=body_docs(GenerateRequest))
 async def generate(request: Request, api: ApiState) -> Response:
     """Generate, and answer when it is done."""
-    return await _answer(request, api, await _read(request, api), as_list=False)
+    record = Record(api.metrics, request.url.path, api.model.name)
+    return await _answer(request, api, await _read(request, api, record), record, as_list=False)
 
 
 @router.post("/generate_stream", response_model=None, responses=_ERRORS, openapi_extra=body_docs(GenerateRequest))
 async def generate_stream(request: Request, api: ApiState) -> Response:
     """Generate, and send each token as a server-sent event."""
-    return _stream(request, api, await _read(request, api))
+    record = Record(api.metrics, request.url.path, api.model.name)
+    return _stream(request, api, await _read(request, api, record), record)
 
 
 @router.post("/", response_model=list[GenerateResponse], responses=_ERRORS, openapi_extra=body_docs(GenerateRequest))
 async def generate_compat(request: Request, api: ApiState) -> Response:
     """/generate_stream if `stream` is true, else /generate with the answer in a list of one."""
-    body = await _read(request, api)
-    return _stream(request, api, body) if body.stream else await _answer(request, api, body, as_list=True)
+    record = Record(api.metrics, request.url.path, api.model.name)
+    body = await _read(request, api, record)
+    return _stream(request, api, body, record) if body.stream else await _answer(request, api, body, record, as_list=True)
 
 
-async def _read(request: Request, api: Api) -> GenerateRequest:
-    api.admission.check()
+async def _read(request: Request, api: Api, record: Record) -> GenerateRequest:
     settings = api.settings
-    return await read_body(request, GenerateRequest, max_bytes=settings.max_body_bytes, ignore_unknown=settings.lorax_strict)
+    with record.failures():
+        api.admission.check()
+        return await read_body(request, GenerateRequest, max_bytes=settings.max_body_bytes, ignore_unknown=settings.lorax_strict)
 
 
-async def _answer(request: Request, api: Api, body: GenerateRequest, *, as_list: bool) -> Response:
+async def _answer(request: Request, api: Api, body: GenerateRequest, record: Record, *, as_list: bool) -> Response:
     async def work() -> Response:
-        record = Record(api.metrics, request.url.path, api.model.name)
         async with _prepared(request, api, body, record, stream=False) as job:
             await job.generation.run()
             best, *rest = sorted(job.generation.sequences, key=lambda sequence: -sequence.mean_logprob)
@@ -82,9 +85,7 @@ async def _answer(request: Request, api: Api, body: GenerateRequest, *, as_list:
     return await unless_gone(request, work())
 
 
-def _stream(request: Request, api: Api, body: GenerateRequest) -> Response:
-    record = Record(api.metrics, request.url.path, api.model.name)
-
+def _stream(request: Request, api: Api, body: GenerateRequest, record: Record) -> Response:
     async def events() -> AsyncGenerator[bytes, None]:
         async with _prepared(request, api, body, record, stream=True) as job:
             async with aclosing(job.generation.tokens()) as tokens:
@@ -111,7 +112,7 @@ def _stream(request: Request, api: Api, body: GenerateRequest) -> Response:
 async def _prepared(request: Request, api: Api, body: GenerateRequest, record: Record, *, stream: bool) -> AsyncIterator[_Job]:
     """The request checked, admitted and on its way to the engine; what goes wrong inside is recorded."""
     parameters = body.parameters or GenerateParameters.model_validate({})
-    try:
+    with record.failures():
         wishes = _wishes(parameters, stream)
         _check(parameters, wishes, api, stream)
         selection = _select(parameters, api, bearer_token(request))
@@ -128,9 +129,6 @@ async def _prepared(request: Request, api: Api, body: GenerateRequest, record: R
             with api.adapters.pinned(adapter):
                 job = await _plan(api, body.inputs, parameters, wishes, adapter, record)
                 yield job
-    except BaseException as error:
-        record.failed(error)
-        raise
 
 
 async def _plan(
@@ -139,9 +137,12 @@ async def _plan(
     tokenizer = api.tokenizer(adapter)
     if parameters.apply_chat_template:
         text = await api.render_chat(adapter, [{"role": "user", "content": prompt}], {})
-        ids = await api.encode(tokenizer, text, add_special_tokens=False)
     else:
-        ids = await api.encode(tokenizer, prompt)
+        text = prompt
+    ids = await api.encode(
+        tokenizer, text, prompt_name="inputs", truncated=parameters.truncate is not None,
+        add_special_tokens=not parameters.apply_chat_template,
+    )  # fmt: skip
     ids = ids[-parameters.truncate :] if parameters.truncate is not None else ids
     max_new_tokens = fit(ids, parameters.max_new_tokens, api.limits(), prompt_name="inputs", max_name="max_new_tokens")
     stop_ids = tuple(id for stop in parameters.stop if (id := tokenizer.special_id(stop)) is not None)

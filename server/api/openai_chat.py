@@ -33,10 +33,10 @@ _RESERVED = ("messages", "bos_token", "eos_token", "tools", "documents", "add_ge
 @router.post("/v1/chat/completions", response_model=ChatResponse, responses=_ERRORS, openapi_extra=body_docs(ChatRequest))
 async def chat(request: Request, api: ApiState) -> Response:
     """Answer a chat."""
-    api.admission.check()
-    settings = api.settings
-    body = await read_body(request, ChatRequest, max_bytes=settings.max_body_bytes, ignore_unknown=settings.lorax_strict)
-    record = Record(api.metrics, request.url.path, api.model.name)
+    settings, record = api.settings, Record(api.metrics, request.url.path, api.model.name)
+    with record.failures():
+        api.admission.check()
+        body = await read_body(request, ChatRequest, max_bytes=settings.max_body_bytes, ignore_unknown=settings.lorax_strict)
     if body.stream:
         return event_stream(api, record, _events(request, api, body, record))
 
@@ -97,7 +97,7 @@ def _prepared(request: Request, api: Api, body: ChatRequest, record: Record) -> 
 async def _tokenize(api: Api, body: ChatRequest, wishes: Wishes, adapter: ResolvedAdapter | None) -> Prompts:
     variables = {**(body.chat_template_kwargs or {}), "add_generation_prompt": body.add_generation_prompt}
     text = await api.render_chat(adapter, [_message(message) for message in body.messages], variables)
-    ids = await api.encode(api.tokenizer(adapter), text, add_special_tokens=False)
+    ids = await api.encode(api.tokenizer(adapter), text, prompt_name="messages", add_special_tokens=False)
     room = fit(ids, wishes.max_new_tokens, api.limits(), prompt_name="messages", max_name=wishes.max_new_tokens_name)
     return Prompts([ids], [text], [room])
 

@@ -119,11 +119,8 @@ async def prepared(
 @asynccontextmanager
 async def recorded(record: Record) -> AsyncIterator[None]:
     """Tell the record how it went."""
-    try:
+    with record.failures():
         yield
-    except BaseException as error:
-        record.failed(error)
-        raise
     record.succeeded()
 
 
@@ -140,9 +137,9 @@ def event_stream(api: Api, record: Record, events: AsyncGenerator[bytes, None]) 
     )
 
 
-def usage_of(generation: Generation) -> dict[str, Any]:
-    """OpenAI's `usage`: each prompt once, every sample that was generated."""
-    prompt, completion = generation.num_prompt_tokens, generation.num_generated_tokens
+def usage_of(generation: Generation, *, only_prompt: bool = False) -> dict[str, Any]:
+    """OpenAI's `usage`: each prompt once, every sample that was generated. `only_prompt`: nothing that was generated is answered."""
+    prompt, completion = generation.num_prompt_tokens, 0 if only_prompt else generation.num_generated_tokens
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,

@@ -34,10 +34,10 @@ _ERRORS: dict[int | str, Any] = {status: {"model": OpenAIError} for status in (4
 @router.post("/v1/completions", response_model=CompletionResponse, responses=_ERRORS, openapi_extra=body_docs(CompletionRequest))
 async def completions(request: Request, api: ApiState) -> Response:
     """Go on with a prompt, or with several."""
-    api.admission.check()
-    settings = api.settings
-    body = await read_body(request, CompletionRequest, max_bytes=settings.max_body_bytes, ignore_unknown=settings.lorax_strict)
-    record = Record(api.metrics, request.url.path, api.model.name)
+    settings, record = api.settings, Record(api.metrics, request.url.path, api.model.name)
+    with record.failures():
+        api.admission.check()
+        body = await read_body(request, CompletionRequest, max_bytes=settings.max_body_bytes, ignore_unknown=settings.lorax_strict)
     if body.stream:
         return event_stream(api, record, _events(request, api, body, record))
 
@@ -46,7 +46,7 @@ async def completions(request: Request, api: ApiState) -> Response:
             await job.generation.run()
             chosen = job.generation.best(body.n or 1)
             choices = [_choice(body, job, sequence, index) for index, sequence in enumerate(chosen)]
-            answer = _envelope(job) | {"choices": choices, "usage": usage_of(job.generation)}
+            answer = _envelope(job) | {"choices": choices, "usage": usage_of(job.generation, only_prompt=_only_echo(body))}
             return json_response(answer, headers=record.headers(api.compute_type))
 
     return await unless_gone(request, work())
@@ -68,10 +68,10 @@ async def _events(request: Request, api: Api, body: CompletionRequest, record: R
             if body.logprobs is not None:
                 prompt_logprobs = sequence.prompt_logprobs if first and body.echo else None
                 logprobs = logprobs_of(job.tokenizer, prompt_logprobs, [] if _only_echo(body) else [token], offset)
-            choice = {"index": sequence.index, "text": text, "logprobs": logprobs, "finish_reason": finish_of(sequence.finish_reason)}
+            choice = {"index": sequence.index, "text": text, "logprobs": logprobs, "finish_reason": _finish(body, sequence)}
             yield event(envelope | {"choices": [choice]})
         if with_usage:
-            yield event(envelope | {"choices": [], "usage": usage_of(job.generation)})
+            yield event(envelope | {"choices": [], "usage": usage_of(job.generation, only_prompt=_only_echo(body))})
         yield DONE
 
 
@@ -94,7 +94,7 @@ def _prepared(request: Request, api: Api, body: CompletionRequest, record: Recor
     needs_logprobs = body.logprobs is not None or samples > (body.n or 1)
     return prepared(
         request, api, body, record, samples=samples, num_prompts=len(prompts), wishes=wishes,
-        tokenize=partial(_tokenize, api, prompts, wishes, only_echo), num_logprobs=(body.logprobs or 0) if needs_logprobs else -1,
+        tokenize=partial(_tokenize, api, prompts, wishes, bool(body.echo)), num_logprobs=(body.logprobs or 0) if needs_logprobs else -1,
         num_prompt_logprobs=body.logprobs if body.logprobs is not None and body.echo else -1, id_prefix="cmpl",
     )  # fmt: skip
 
@@ -109,21 +109,18 @@ def _prompts(prompt: Any) -> list[Any]:
     return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
 
 
-async def _tokenize(api: Api, prompts: Sequence[Any], wishes: Wishes, only_echo: bool, adapter: ResolvedAdapter | None) -> Prompts:
+async def _tokenize(api: Api, prompts: Sequence[Any], wishes: Wishes, echo: bool, adapter: ResolvedAdapter | None) -> Prompts:
+    """Texts in one go; token ids are looked at, and decoded for the echo, once they are known to be few enough."""
     tokenizer, limits = api.tokenizer(adapter), api.limits()
-    ids, texts = [], []
-    for prompt in prompts:
-        if isinstance(prompt, str):
-            ids.append(await api.encode(tokenizer, prompt))
-            texts.append(prompt)
-        else:
-            wrong = next((id for id in prompt if not 0 <= id < tokenizer.num_ids), None)
-            if wrong is not None:
-                raise refuse(f"`prompt` token ids must be from 0 to {tokenizer.num_ids - 1}. Given: {str(wrong)[:32]}", "prompt")
-            ids.append(prompt)
-            texts.append(tokenizer.decode(prompt, skip_special_tokens=False))
+    are_texts = isinstance(prompts[0], str)
+    ids = await api.encode_all(tokenizer, prompts, prompt_name="prompt") if are_texts else prompts
     rooms = [fit(prompt, wishes.max_new_tokens, limits, prompt_name="prompt", max_name="max_tokens") for prompt in ids]
-    return Prompts(ids, texts, rooms)
+    wrong = None if are_texts else next((id for prompt in ids for id in prompt if not 0 <= id < tokenizer.num_ids), None)
+    if wrong is not None:
+        raise refuse(f"`prompt` token ids must be from 0 to {tokenizer.num_ids - 1}. Given: {str(wrong)[:32]}", "prompt")
+    if are_texts or not echo:
+        return Prompts(ids, prompts if are_texts else [""] * len(ids), rooms)
+    return Prompts(ids, [tokenizer.decode(prompt, skip_special_tokens=False) for prompt in ids], rooms)
 
 
 def _envelope(job: Job) -> dict[str, Any]:
@@ -144,8 +141,13 @@ def _choice(body: CompletionRequest, job: Job, sequence: TextSequence, index: in
         "index": index,
         "text": _echoed(body, job, sequence) + ("" if only_echo else sequence.text),
         "logprobs": logprobs,
-        "finish_reason": "length" if only_echo else finish_of(sequence.finish_reason),
+        "finish_reason": _finish(body, sequence),
     }
+
+
+def _finish(body: CompletionRequest, sequence: TextSequence) -> str | None:
+    """Of a scored prompt always "length": why the token that is not shown was the last says nothing."""
+    return "length" if _only_echo(body) and sequence.finish_reason is not None else finish_of(sequence.finish_reason)
 
 
 def logprobs_of(tokenizer: Tokenizer, prompt: Sequence[Logprob] | None, tokens: Sequence[Token], offset: int) -> dict[str, Any]:

@@ -6,7 +6,8 @@ Owns the request's id and its moments. Each generating route makes one Record an
 import logging
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from server.api.adapters import AdapterSelection
 from server.api.body import ClientGone
@@ -91,6 +92,15 @@ class Record:
         else:  # the client is gone, or we are shutting down
             self._metrics.failed("dropped")
             self._end(499, "dropped")
+
+    @contextmanager
+    def failures(self) -> Iterator[None]:
+        """Whatever the block raises has ended the request."""
+        try:
+            yield
+        except BaseException as error:
+            self.failed(error)
+            raise
 
     def _end(self, status: int, outcome: str) -> None:
         self._ended = True

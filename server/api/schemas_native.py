@@ -3,9 +3,9 @@
 Owns shapes alone: bounds between fields, and LoRAX's words for them, are in api.sampling.
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import FailFast, Field, field_validator
 
 from server.api.schemas_common import RequestModel, ResponseModel
 
@@ -60,7 +60,7 @@ class GenerateParameters(RequestModel):
     max_new_tokens: int | None = Field(None, description="> 0; default: what the prompt leaves.")
     ignore_eos_token: bool = Field(False, description="Go on after the end token.")
     return_full_text: bool | None = Field(None, description="Begin `generated_text` with the prompt.")
-    stop: list[str] = Field([], description="Stop after any of these; the text includes it.")
+    stop: Annotated[list[str], FailFast()] = Field([], description="Stop after any of these; the text includes it.")
     stop_token_ids: list[int] = Field([], description="Stop after any of these tokens (addition).", max_length=64)
     logit_bias: dict[str, float] | None = Field(None, description="Token id -> value added to its logit, -100 to 100 (addition).")
     truncate: int | None = Field(None, description="Keep the prompt's last so many tokens.")

@@ -3,9 +3,9 @@
 Owns shapes alone: bounds between fields are in api.sampling. What is known but not served is refused by name.
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import FailFast, Field, SkipValidation, field_validator
 
 from server.api.schemas_common import RequestModel, ResponseModel
 
@@ -26,7 +26,7 @@ class _Common(RequestModel):
     n: int | None = Field(None, description="Answers to give, default 1.")
     stream: bool | None = Field(None, description="Answer as server-sent events, ended by [DONE].")
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
-    stop: list[str] = Field([], description="A string or a list of strings; not part of the answer.")
+    stop: Annotated[list[str], FailFast()] = Field([], description="A string or a list of strings; not part of the answer.")
     presence_penalty: float | None = Field(None, description="-2 to 2.")
     frequency_penalty: float | None = Field(None, description="-2 to 2.")
     logit_bias: dict[str, float] | None = Field(None, description="Token id -> value added to its logit, -100 to 100.")
@@ -57,7 +57,8 @@ class CompletionRequest(_Common):
         "response_format": _NO_GRAMMAR,
     }
 
-    prompt: str | list[str] | list[int] | list[list[int]] = Field(
+    # Checked by _one_of_four alone: pydantic would try the branches in turn and make an error of each of a million ids.
+    prompt: Annotated[str | list[str] | list[int] | list[list[int]], SkipValidation] = Field(
         description="A text, a list of texts, token ids, or a list of lists of token ids."
     )
     max_tokens: int | None = Field(None, description="Default 16; 0 is allowed with `echo`.")

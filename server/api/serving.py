@@ -59,8 +59,11 @@ class DrainingServer(uvicorn.Server):
     async def _drain_and_exit(self) -> None:
         if not await self._api.admission.drain(self._api.settings.drain_timeout_s):
             log.warning("requests are still running after the drain's timeout; they are ended")
-            self._api.engine.fail_open(Unavailable("the server is shutting down"))
-            await self._api.admission.drain(1.0)
+            ending = Unavailable("the server is shutting down", retry_after_s=5.0)
+            self._api.engine.fail_open(ending)
+            if not await self._api.admission.drain(1.0):
+                self._api.admission.end_all(ending)  # those that are not yet with the engine
+                await self._api.admission.drain(1.0)
         self.should_exit = True
 
     def on_fatal(self, reason: str) -> None:

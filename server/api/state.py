@@ -14,7 +14,7 @@ from server.api.adapters import AdapterResolver, AdapterSelection, ResolvedAdapt
 from server.api.admission import Admission
 from server.api.base_model import ServedModel
 from server.api.engine import EngineClient
-from server.api.sampling import Limits
+from server.api.sampling import Limits, refuse
 from server.api.text.template_worker import TemplateWorkers
 from server.api.text.templates import render
 from server.api.text.tokenizer import Tokenizer
@@ -79,11 +79,33 @@ class Api:
         """Of the adapter, or of the base."""
         return adapter.tokenizer if adapter is not None else self.model.tokenizer
 
-    async def encode(self, tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids; a long text does not hold up the event loop."""
+    def check_chars(self, tokenizer: Tokenizer, text: str, prompt_name: str) -> None:
+        """Refuse, before the work of tokenizing, a text that is too long even if all its tokens were the longest one."""
+        max_len = self.limits().max_input_length
+        if len(text) > max_len * tokenizer.max_token_chars:
+            raise refuse(
+                f"`{prompt_name}` must have less than {max_len} tokens. Given: {len(text)} characters, "
+                f"and no token has more than {tokenizer.max_token_chars}",
+                prompt_name,
+            )
+
+    async def encode(
+        self, tokenizer: Tokenizer, text: str, *, prompt_name: str, add_special_tokens: bool = True, truncated: bool = False
+    ) -> list[int]:
+        """Token ids; a long text does not hold up the event loop. `truncated`: the caller keeps only some, so any length will do."""
+        if not truncated:
+            self.check_chars(tokenizer, text, prompt_name)
         if len(text) <= _INLINE_CHARS:
             return tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+    async def encode_all(self, tokenizer: Tokenizer, texts: Sequence[str], *, prompt_name: str) -> list[list[int]]:
+        """Token ids of several texts, as `encode`."""
+        for text in texts:
+            self.check_chars(tokenizer, text, prompt_name)
+        if sum(map(len, texts)) <= _INLINE_CHARS:
+            return tokenizer.encode_all(texts)
+        return await asyncio.to_thread(tokenizer.encode_all, texts)
 
     async def render_chat(self, adapter: ResolvedAdapter | None, messages: Sequence[dict[str, Any]], variables: dict[str, Any]) -> str:
         """The prompt that the chat template makes of the messages. TemplateFailed if there is none or it refuses them."""

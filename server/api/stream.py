@@ -156,10 +156,10 @@ class EventStream(Response):
 
     async def _pump(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = self._patience_s == 0
-        if started:
-            await self._start(send)
-        pending = asyncio.ensure_future(anext(self._events, None))
+        pending: asyncio.Future[bytes | None] = asyncio.ensure_future(anext(self._events, None))
         try:
+            if started:
+                await self._start(send)
             while True:
                 wait_s = self._keep_alive_s if started else self._patience_s
                 done, _ = await asyncio.wait({pending}, timeout=wait_s)
@@ -170,7 +170,8 @@ class EventStream(Response):
                     except Exception as error:
                         failure = internal_error(error)
                         if not started:
-                            await error_response(failure, self._dialect)(scope, receive, send)
+                            async with asyncio.timeout(self._write_timeout_s):
+                                await error_response(failure, self._dialect)(scope, receive, send)
                             return
                         frame = event(self._dialect(failure)[1])
                         pending = asyncio.ensure_future(_nothing())
@@ -182,9 +183,8 @@ class EventStream(Response):
                 if frame is None:
                     break
                 if frame:
-                    async with asyncio.timeout(self._write_timeout_s):
-                        await send({"type": "http.response.body", "body": frame, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+                    await self._send(send, {"type": "http.response.body", "body": frame, "more_body": True})
+            await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
             log.info("a client took nothing for %.0f s and was dropped", self._write_timeout_s)
         finally:
@@ -200,7 +200,12 @@ class EventStream(Response):
             **self._make_headers(),
         }
         raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-        await send({"type": "http.response.start", "status": 200, "headers": raw})
+        await self._send(send, {"type": "http.response.start", "status": 200, "headers": raw})
+
+    async def _send(self, send: Send, message: Message) -> None:
+        """TimeoutError if the client takes nothing for too long."""
+        async with asyncio.timeout(self._write_timeout_s):
+            await send(message)
 
 
 async def _nothing() -> None:

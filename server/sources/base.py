@@ -55,7 +55,13 @@ class Snapshot:
     files: tuple[SourceFile, ...]
     revision: str | None = None  # as it was asked for
     folder: Path | None = None
+    given_id: str = ""  # as the caller wrote it: messages name no bucket or prefix that the caller did not
     settled: bool = True  # False: so fresh that a further write could still get the same version; must not be remembered
+
+    @property
+    def shown_id(self) -> str:
+        """The id for messages."""
+        return self.given_id or self.adapter_id
 
     @property
     def size_bytes(self) -> int:
@@ -93,7 +99,7 @@ class SourceChanged(SourceUnavailable):
     """The bytes behind a snapshot were replaced before they were read. The store takes a new snapshot and tries again."""
 
     def __init__(self, snapshot: Snapshot) -> None:
-        super().__init__(f"Adapter '{snapshot.adapter_id}' changed in source '{snapshot.source}' while it was read; try again")
+        super().__init__(f"Adapter '{snapshot.shown_id}' changed in source '{snapshot.source}' while it was read; try again")
 
 
 class Tally:

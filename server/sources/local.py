@@ -53,8 +53,8 @@ class LocalSource:
             names = [file.name for file in files]
             for name in names:
                 self._check_inside(adapter_id, folder / name)
-            settled = is_settled(folder, names)
             version = stat_signature(folder, names)
+            settled = is_settled(folder, names)  # after it: a write between the two must not look settled
         # Whoever reads the folder takes every *.safetensors in it: with foreign ones beside the adapter's it is copied without them.
         in_place = weights_in(file.name for file in listing) == weights_in(names)
         return Snapshot(self.name, adapter_id, version, files, folder=folder if in_place else None, settled=settled)

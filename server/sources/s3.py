@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from server.errors import AdapterRefused, ValidationFailed
+from server.errors import AdapterNotFound, AdapterRefused, ValidationFailed
 from server.sources.base import (
     Progress,
     Snapshot,
@@ -96,14 +96,14 @@ class S3Source:
             raise not_found(self.name, adapter_id)
         files = select_files(adapter_id, listing, self._options.max_adapter_bytes)
         names = "".join(f"{file.name}\0{file.size_bytes}\0{file.version}\n" for file in files)
-        return Snapshot(self.name, str(where), hashlib.sha256(names.encode()).hexdigest(), files)
+        return Snapshot(self.name, str(where), hashlib.sha256(names.encode()).hexdigest(), files, given_id=adapter_id)
 
     def fetch(self, snapshot: Snapshot, into: Path, api_token: str | None = None, progress: Progress | None = None) -> None:
         """See Source. Each object is read with the ETag of the listing as a condition."""
         where = locate(snapshot.adapter_id, None, None)
         tally = Tally(snapshot, progress)
         for file in snapshot.files:
-            with self._explain(snapshot.adapter_id, snapshot):
+            with self._explain(snapshot.shown_id, snapshot):
                 self._download(where, file, into / file.name, tally, snapshot)
 
     def adapter_ids(self, limit: int) -> list[str]:
@@ -111,7 +111,7 @@ class S3Source:
         found: list[str] = []
         for entry in self._allowed:
             bucket, _, prefix = entry.partition("/")
-            with self._explain(f"s3://{entry}"):
+            with self._explain_listing(entry):
                 for page in self._connect().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
                     for item in page.get("Contents", ()):
                         key, slash, name = item["Key"].rpartition("/")
@@ -185,6 +185,16 @@ class S3Source:
                     ),
                 )
             return self._client
+
+    @contextmanager
+    def _explain_listing(self, entry: str) -> Iterator[None]:
+        """As `_explain`, where no adapter was asked for: what is missing is the deployer's own, and its name stays in the log."""
+        try:
+            with self._explain(""):
+                yield
+        except AdapterNotFound as error:
+            log_hidden_reason(logger, f"s3://{entry}", "the allowed prefix cannot be listed")
+            raise unavailable(self.name, "an allowed bucket cannot be listed") from error
 
     @contextmanager
     def _explain(self, adapter_id: str, snapshot: Snapshot | None = None) -> Iterator[None]:

@@ -35,9 +35,11 @@ class Space:
         self._staging = staging
         self._max_bytes = max_bytes
         self._min_idle_s = min_idle_s
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # for the numbers below alone, never during I/O: the event loop pins
+        self._reserver = threading.Lock()  # one at a time counts and evicts
         self._pins: Counter[str] = Counter()
         self._used_bytes = 0
+        self._added_bytes = 0  # since the last count began
         self._counted_at = float("-inf")
 
     def pin(self, adapter_hash: str) -> None:
@@ -54,10 +56,16 @@ class Space:
             if not self._pins[adapter_hash]:
                 del self._pins[adapter_hash]
 
+    def is_pinned(self, adapter_hash: str) -> bool:
+        """Whether there are pins that were not undone."""
+        with self._lock:
+            return adapter_hash in self._pins
+
     def add(self, size_bytes: int) -> None:
         """`size_bytes` more were published."""
         with self._lock:
             self._used_bytes += size_bytes
+            self._added_bytes += size_bytes
 
     def reserve(self, size_bytes: int) -> None:
         """Make room for so much more. AdapterRefused if the whole store is smaller. What is pinned or was used within `min_idle_s` (another
@@ -66,22 +74,39 @@ class Space:
             return
         if size_bytes > self._max_bytes:
             raise AdapterRefused(f"The adapter has {size_bytes} bytes; the whole store holds {self._max_bytes} (store-max-bytes)")
+        if self._fits(size_bytes) and self._is_counted():
+            return
+        with self._reserver:
+            if self._fits(size_bytes) and self._is_counted():
+                return  # another thread made room meanwhile
+            self._evict(sorted(self._count()), size_bytes)
+        if not self._fits(size_bytes):
+            logger.warning("adapter store: %d bytes are in use, more than store-max-bytes", self._used_bytes + size_bytes)
+
+    def _fits(self, size_bytes: int) -> bool:
         with self._lock:
-            if self._used_bytes + size_bytes <= self._max_bytes and time.monotonic() - self._counted_at < _RECOUNT_S:
+            return self._max_bytes is None or self._used_bytes + size_bytes <= self._max_bytes
+
+    def _is_counted(self) -> bool:
+        return time.monotonic() - self._counted_at < _RECOUNT_S
+
+    def _evict(self, entries: list[_Entry], size_bytes: int) -> None:
+        """Take entries away, first ones first, until so much more fits."""
+        idle_since = time.time() - self._min_idle_s
+        for entry in entries:
+            if self._fits(size_bytes):
                 return
-            entries = sorted(self._count())
-            idle_since = time.time() - self._min_idle_s
-            for entry in entries:
-                if self._used_bytes + size_bytes <= self._max_bytes:
-                    return
-                if entry.used_at <= idle_since and entry.hash not in self._pins:
-                    self._staging.take_away(entry.path)
-                    self._used_bytes -= entry.size_bytes
-                    logger.info("adapter store: evicted %s (%d bytes)", entry.path.name, entry.size_bytes)
-            if self._used_bytes + size_bytes > self._max_bytes:
-                logger.warning("adapter store: %d bytes are in use, more than store-max-bytes", self._used_bytes + size_bytes)
+            if entry.used_at > idle_since or self.is_pinned(entry.hash):
+                continue
+            self._staging.take_away(entry.path)
+            with self._lock:
+                self._used_bytes -= entry.size_bytes
+            logger.info("adapter store: evicted %s (%d bytes)", entry.path.name, entry.size_bytes)
 
     def _count(self) -> list[_Entry]:
+        """All entries. What is added while they are counted may be counted twice, until the next count."""
+        with self._lock:
+            self._added_bytes = 0
         entries = []
         for folder in self._folders:
             for path in folder.iterdir():
@@ -91,7 +116,8 @@ class Space:
                 except FileNotFoundError:  # another server was faster
                     continue
                 entries.append(_Entry(used_at, size_bytes, path, path.name.split("-", 1)[0]))
-        self._used_bytes = sum(entry.size_bytes for entry in entries)
+        with self._lock:
+            self._used_bytes = sum(entry.size_bytes for entry in entries) + self._added_bytes
         self._counted_at = time.monotonic()
         return entries
 

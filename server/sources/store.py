@@ -70,7 +70,8 @@ class Store:
 
         If the source changes meanwhile, its newer version is taken instead (see the result's `snapshot`). `progress` is told only to
         the caller whose thread fetches. Errors: those of Source, and SourceUnavailable when the disk fails."""
-        caller = hashlib.sha256((api_token or "").encode(errors="surrogatepass")).digest()  # one's bad token is not another's error
+        # One's bad token is not another's error, nor are the words in which one named the adapter.
+        caller = hashlib.sha256(f"{api_token or ''}\0{snapshot.shown_id}".encode(errors="surrogatepass")).digest()
         for _ in range(_NUM_ATTEMPTS):
             digest = _digest(snapshot)
             with explain_disk_errors():
@@ -80,7 +81,7 @@ class Store:
                 return self._once(digest, partial(self._bring, source, snapshot, digest, api_token, progress), caller)
             except SourceChanged as error:
                 changed = error
-                snapshot = source.snapshot(snapshot.adapter_id, revision=snapshot.revision, api_token=api_token)
+                snapshot = source.snapshot(snapshot.shown_id, revision=snapshot.revision, api_token=api_token)
         raise changed
 
     def verify(self, stored: StoredAdapter) -> bool:
@@ -99,6 +100,11 @@ class Store:
                 self.discard_packs(stored.hash)
         return False
 
+    def check_unchanged(self, stored: StoredAdapter) -> None:
+        """SourceChanged if the files are those of a folder read in place, and no longer those of the hash."""
+        with explain_disk_errors():
+            _check_still(stored)
+
     def pack_path(self, adapter_hash: str, key: str) -> Path:
         """Where the pack of an adapter for `key` (base fingerprint, dtype) is once it is published."""
         if not _HASH.fullmatch(adapter_hash) or not _PACK_KEY.fullmatch(key):
@@ -113,11 +119,15 @@ class Store:
         with explain_disk_errors():
             known = mark_used(path)
         if not known:
-            self._once(path.name, partial(self._write_pack, path, writer, of))
+            # Other adapters may have the same hash: whether this one changed meanwhile is for those alone who asked for it.
+            reader = f"{of.snapshot.source}\0{of.snapshot.shown_id}".encode() if of is not None else b""
+            self._once(path.name, partial(self._write_pack, path, writer, of), reader)
         return path
 
     def discard_packs(self, adapter_hash: str) -> None:
-        """Remove an adapter's packs (one was found damaged, or the engine refused it)."""
+        """Remove an adapter's packs (one was found damaged, or the engine refused it), unless they are pinned."""
+        if self.is_pinned(adapter_hash):
+            return
         with explain_disk_errors():
             for path in self._packs.glob(f"{adapter_hash}-*.pack"):
                 self._staging.take_away(path)
@@ -129,6 +139,10 @@ class Store:
     def unpin(self, adapter_hash: str) -> None:
         """Undo one `pin`."""
         self._space.unpin(adapter_hash)
+
+    def is_pinned(self, adapter_hash: str) -> bool:
+        """Whether anybody in this process keeps it."""
+        return self._space.is_pinned(adapter_hash)
 
     @contextmanager
     def pinned(self, adapter_hash: str) -> Iterator[None]:
@@ -273,7 +287,7 @@ def _check_complete(snapshot: Snapshot, folder: Path) -> None:
     for file in snapshot.files:
         if found.get(file.name) != file.size_bytes:
             raise SourceUnavailable(
-                f"Adapter '{snapshot.adapter_id}': {file.name} arrived with {found.get(file.name, 0)} of {file.size_bytes} bytes; try again"
+                f"Adapter '{snapshot.shown_id}': {file.name} arrived with {found.get(file.name, 0)} of {file.size_bytes} bytes; try again"
             )
     if strangers := sorted(os.listdir(folder) - found.keys() | found.keys() - set(snapshot.names)):
-        raise SourceUnavailable(f"Adapter '{snapshot.adapter_id}': unexpected file {ascii(strangers[0])}")
+        raise SourceUnavailable(f"Adapter '{snapshot.shown_id}': unexpected file {ascii(strangers[0])}")

@@ -9,16 +9,20 @@ import os
 import resource
 import struct
 import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any, BinaryIO
 
 import msgspec
 
-from server.api.text.templates import render
-from server.errors import TemplateFailed
+from server.api.text.templates import MAX_TEMPLATE_CHARS, render
+from server.errors import Overloaded, TemplateFailed, ValidationFailed
 
 MEMORY_BYTES = 1 << 30
 _START_TIMEOUT_S = 30.0
 _CPU_LIMIT_S = 120
+_SLOW_FOR_S = 10.0  # so long a template that took too long is refused without another try
 _LENGTH = struct.Struct(">I")
 
 
@@ -35,23 +39,73 @@ class _Answer(msgspec.Struct):
 class TemplateWorkers:
     """A few worker processes, started when first needed; `close` ends them."""
 
-    def __init__(self, *, timeout_s: float, num_workers: int = 2) -> None:
-        self._timeout_s = timeout_s
+    def __init__(self, *, timeout_s: float, num_workers: int = 2, max_wait_s: float = 10.0) -> None:
+        self._timeout_s, self._max_wait_s = timeout_s, max_wait_s
         self._idle: asyncio.LifoQueue[asyncio.subprocess.Process | None] = asyncio.LifoQueue()
         for _ in range(num_workers):
             self._idle.put_nowait(None)
         self._processes: set[asyncio.subprocess.Process] = set()
+        self._ending: set[asyncio.Task[None]] = set()
+        self._turns: dict[str, tuple[asyncio.Lock, int]] = {}  # template -> lock, callers that hold it or wait for it
+        self._slow_until: dict[str, float] = {}
 
     async def render(self, template: str, variables: dict[str, Any]) -> str:
-        """The prompt. TemplateFailed as templates.render has it, and when the time or the memory is used up."""
-        worker = await self._idle.get()
+        """The prompt. TemplateFailed as templates.render has it, and when the time or the memory is used up; Overloaded if no worker came
+        free in time; ValidationFailed for variables that cannot be handed over.
+
+        A template has one worker at a time, so that an endless one leaves the others to the other templates."""
+        if len(template) > MAX_TEMPLATE_CHARS:
+            raise TemplateFailed(f"the chat template is longer than {MAX_TEMPLATE_CHARS} characters")
+        try:
+            job = msgspec.msgpack.encode(_Job(template, variables))
+        except (OverflowError, TypeError, ValueError, RecursionError) as error:
+            raise ValidationFailed(f"`chat_template_kwargs`: {error}", param="chat_template_kwargs") from None
+        self._refuse_slow(template)
+        async with self._turn(template):
+            self._refuse_slow(template)
+            answer = await self._answer(template, job)
+        if answer.error is not None:
+            raise TemplateFailed(answer.error)
+        return answer.text or ""
+
+    def _refuse_slow(self, template: str) -> None:
+        if self._slow_until.get(template, 0.0) > time.monotonic():
+            raise TemplateFailed(f"the adapter's chat template took more than {self._timeout_s:g} s a moment ago")
+
+    @asynccontextmanager
+    async def _turn(self, template: str) -> AsyncIterator[None]:
+        lock, num_callers = self._turns.get(template, (asyncio.Lock(), 0))
+        self._turns[template] = lock, num_callers + 1
+        try:
+            await self._soon(lock.acquire())
+            try:
+                yield
+            finally:
+                lock.release()
+        finally:
+            lock, num_callers = self._turns.pop(template)
+            if num_callers > 1:
+                self._turns[template] = lock, num_callers - 1
+
+    async def _soon(self, waiting: Any) -> Any:
+        try:
+            async with asyncio.timeout(self._max_wait_s):
+                return await waiting
+        except TimeoutError:
+            raise Overloaded("the workers of chat templates are busy") from None
+
+    async def _answer(self, template: str, job: bytes) -> _Answer:
+        worker = await self._soon(self._idle.get())
         try:
             if worker is None:
                 worker = await self._start()
             try:
                 async with asyncio.timeout(self._timeout_s):
-                    answer = await _ask(worker, _Job(template, variables))
+                    answer = await _ask(worker, job)
             except TimeoutError:
+                now = time.monotonic()
+                self._slow_until = {known: until for known, until in self._slow_until.items() if until > now}
+                self._slow_until[template] = now + _SLOW_FOR_S
                 raise TemplateFailed(f"the adapter's chat template took more than {self._timeout_s:g} s") from None
             except (asyncio.IncompleteReadError, ConnectionError):
                 raise TemplateFailed("the adapter's chat template used too much memory") from None
@@ -60,9 +114,7 @@ class TemplateWorkers:
             self._idle.put_nowait(None)
             raise
         self._idle.put_nowait(worker)
-        if answer.error is not None:
-            raise TemplateFailed(answer.error)
-        return answer.text or ""
+        return answer
 
     async def _start(self) -> asyncio.subprocess.Process:
         """A worker that has answered once, so that its start does not count against the first template."""
@@ -74,27 +126,35 @@ class TemplateWorkers:
         self._processes.add(process)
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
-                await _ask(process, _Job("", {}))
+                await _ask(process, msgspec.msgpack.encode(_Job("", {})))
         except BaseException:
             self._kill(process)
             raise
         return process
 
     def _kill(self, process: asyncio.subprocess.Process | None) -> None:
-        if process is not None and process.returncode is None:
+        if process is None:
+            return
+        if process.returncode is None:
             process.kill()
+        task = asyncio.create_task(self._forget(process))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+    async def _forget(self, process: asyncio.subprocess.Process) -> None:
+        await process.wait()
+        self._processes.discard(process)
 
     async def close(self) -> None:
         """End all workers."""
         for process in self._processes:
             self._kill(process)
-            await process.wait()
+        await asyncio.gather(*self._ending)
 
 
-async def _ask(process: asyncio.subprocess.Process, job: _Job) -> _Answer:
+async def _ask(process: asyncio.subprocess.Process, job: bytes) -> _Answer:
     assert process.stdin is not None and process.stdout is not None
-    data = msgspec.msgpack.encode(job)
-    process.stdin.write(_LENGTH.pack(len(data)) + data)
+    process.stdin.write(_LENGTH.pack(len(job)) + job)
     await process.stdin.drain()
     (length,) = _LENGTH.unpack(await process.stdout.readexactly(_LENGTH.size))
     return msgspec.msgpack.decode(await process.stdout.readexactly(length), type=_Answer)

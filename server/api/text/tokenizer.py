@@ -3,13 +3,18 @@
 Owns token ids, special tokens and the chat template's text. Does not know about requests. api.base_model and api.adapters make them.
 """
 
+import asyncio
 import copy
+import functools
+import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from tokenizers import Tokenizer as FastTokenizer
 
 from server.errors import AdapterRefused, ValidationFailed
@@ -25,6 +30,10 @@ def _byte_letters() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_letters()
+MAX_TOKENIZER_BYTES = 64 << 20  # of an adapter's tokenizer.json
+_BATCH_CHARS = 4096  # from here on letting other threads run is worth the way through the library's pool
+_INTERRUPTS = (KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError)
+_FIXED_SECTIONS = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "model")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
 
 
@@ -45,28 +54,36 @@ class Tokenizer:
         self._byte_level = fast.decoder is not None and b"ByteLevel" in fast.decoder.__getstate__()
         eos = fast.token_to_id(self.eos_token) if self.eos_token is not None else None
         self.eos_ids = tuple(sorted(set(extra_eos) | ({eos} if eos is not None else set())))
-        self.num_ids = max(fast.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        vocabulary = fast.get_vocab(with_added_tokens=True)
+        self.num_ids = max(vocabulary.values(), default=-1) + 1
+        self.max_token_chars = max(map(len, vocabulary), default=1)  # a raw entry is never shorter than the text that it stands for
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; special tokens written out in it become those tokens. ValidationFailed if it cannot be encoded.
 
         What `add_special_tokens` adds (BOS) is up to tokenizer.json alone: transformers 5 too ignores add_bos_token beside it."""
-        return self._encode(text, add_special_tokens).ids
+        return self._encode([text], add_special_tokens)[0].ids
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, with the special tokens that tokenizer.json adds. Errors as `encode`."""
+        return [encoding.ids for encoding in self._encode(texts, True)]
 
     def encode_with_offsets(self, text: str, *, add_special_tokens: bool = True) -> list[tuple[int, str, int, int]]:
         """(id, raw vocabulary entry, first character, character after the last) of each token."""
-        encoding = self._encode(text, add_special_tokens)
+        (encoding,) = self._encode([text], add_special_tokens)
         return [(id, raw, start, stop) for id, raw, (start, stop) in zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True)]
 
-    def _encode(self, text: str, add_special_tokens: bool) -> Any:
-        try:
-            return self._fast.encode(text, add_special_tokens=add_special_tokens)
-        except Exception as error:  # tokenizers raises bare Exception
-            raise ValidationFailed(f"tokenizer error {error}") from None
+    def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> Sequence[Any]:
+        with _library_errors():
+            if sum(map(len, texts)) <= _BATCH_CHARS:
+                return [self._fast.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+            # Unlike encode, encode_batch lets go of the interpreter's lock.
+            return self._fast.encode_batch(list(texts), add_special_tokens=add_special_tokens)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
-        return self._fast.decode(ids, skip_special_tokens=skip_special_tokens)
+        """Text of `ids`; bytes that are no UTF-8 become U+FFFD. ValidationFailed if the library cannot decode them."""
+        with _library_errors():
+            return self._fast.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def token_text(self, id: int) -> str:
         """Text of one token by itself, special ones written out; "" for an id without a token (a padded vocabulary has such)."""
@@ -94,6 +111,40 @@ class Tokenizer:
         id = self._fast.token_to_id(text)
         return id if id in self._special else None
 
+    @functools.cached_property
+    def _sections(self) -> dict[str, Any]:
+        """tokenizer.json as the library writes it: each fixed section's digest, the added tokens by id."""
+        raw = msgspec.json.decode(self._fast.to_str(), type=dict[str, msgspec.Raw])
+        digests = {name: hashlib.sha256(raw[name]).hexdigest() for name in _FIXED_SECTIONS}
+        return digests | {"added_tokens": {token["id"]: token for token in msgspec.json.decode(raw["added_tokens"])}}
+
+    def with_added(self, own: "Tokenizer") -> "Tokenizer":
+        """`own`, checked to be this tokenizer with tokens added at most; it shares the vocabulary if none are. ValueError if it is not.
+
+        A pattern in another normalizer or pre-tokenizer is a program of a stranger's that this process would run on every text."""
+        ours, theirs = self._sections, own._sections
+        for name in _FIXED_SECTIONS:
+            if ours[name] != theirs[name]:
+                raise ValueError(f"tokenizer.json: `{name}` differs from the base model's; an adapter may only add `added_tokens`")
+        if any(theirs["added_tokens"].get(id) != token for id, token in ours["added_tokens"].items()):
+            raise ValueError("tokenizer.json: `added_tokens` lacks or changes tokens of the base model's")
+        if len(ours["added_tokens"]) == len(theirs["added_tokens"]):
+            own._fast = self._fast
+            same = ("bos_token", "eos_token", "eos_ids", "chat_template", "_special")
+            return self if all(getattr(self, name) == getattr(own, name) for name in same) else own
+        return own
+
+
+@contextmanager
+def _library_errors() -> Iterator[None]:
+    """What tokenizers raises (bare Exception; a panic is no Exception at all) as ValidationFailed."""
+    try:
+        yield
+    except _INTERRUPTS:
+        raise
+    except BaseException as error:
+        raise ValidationFailed(f"tokenizer error {error}"[:500]) from None
+
 
 def load_tokenizer(folder: Path, *, extra_eos: Sequence[int] = ()) -> Tokenizer:
     """The tokenizer in `folder`. ValueError if tokenizer.json is missing or broken."""
@@ -101,21 +152,27 @@ def load_tokenizer(folder: Path, *, extra_eos: Sequence[int] = ()) -> Tokenizer:
     if not path.is_file():
         raise ValueError("no tokenizer.json (a slow tokenizer has to be converted first)")
     try:
-        fast = FastTokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(f"tokenizer.json: {error}") from None
+        with _library_errors():
+            fast = FastTokenizer.from_file(str(path))
+    except ValidationFailed as error:
+        raise ValueError(f"tokenizer.json: {error.message}") from None
     return Tokenizer(fast, read_json(folder / "tokenizer_config.json"), chat_template=read_chat_template(folder), extra_eos=extra_eos)
 
 
 def load_adapter_tokenizer(folder: Path, base: Tokenizer, *, num_rows: int) -> Tokenizer | None:
     """The tokenizer that an adapter brings, or None if it brings none and no template. `num_rows`: rows of the embedding with the adapter.
 
-    AdapterRefused, naming the file, if it is broken or knows tokens that the model has no row for."""
+    Adapters without tokens of their own share the base's vocabulary. AdapterRefused, naming the file, if it is broken, too long, other than
+    the base's in more than added tokens, or knows tokens that the model has no row for."""
+    path = folder / "tokenizer.json"
     try:
-        if (folder / "tokenizer.json").is_file():
+        if path.is_file():
+            if path.stat().st_size > MAX_TOKENIZER_BYTES:
+                raise ValueError(f"tokenizer.json: longer than {MAX_TOKENIZER_BYTES} bytes")
             own = load_tokenizer(folder, extra_eos=base.eos_ids)
             if own.chat_template is None:
                 own.chat_template = base.chat_template
+            own = base.with_added(own)
         elif (template := read_chat_template(folder)) is not None:
             own = with_template(base, template)
         else:

@@ -3,7 +3,10 @@
 import json
 
 import pytest
+from pydantic import ValidationError
 
+from server.api.schemas_native import GenerateParameters, GenerateRequest
+from server.api.schemas_openai import ChatRequest, CompletionRequest
 from tests.server.api.live import LiveServer
 
 NATIVE = ["/generate", "/generate_stream", "/", "/tokenize"]
@@ -120,3 +123,49 @@ def test_docs_show_the_bodies(live: LiveServer) -> None:
 
     assert all(reference.removeprefix("#/components/schemas/") in schemas for reference in references(document))
     assert live.client.get("/docs").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "name"),
+    [
+        ("/generate", {"inputs": "a", "parameters": {"stop": [1] * 20_000}}, "parameters.stop"),
+        ("/generate", {"inputs": "a", "parameters": {"logit_bias": dict.fromkeys(map(str, range(20_000)), 1)}}, "parameters.logit_bias"),
+        ("/v1/completions", {"model": "", "prompt": [[1]] * 20_000}, "prompt"),
+        ("/v1/chat/completions", {"model": "", "messages": [dict.fromkeys("abcdefghijklmnop", 1)] * 4_000}, "messages"),
+        ("/generate", dict.fromkeys(map(str, range(20_000)), 1), "the body"),
+    ],
+)  # fmt: skip
+def test_too_many_items_are_refused_unseen(live: LiveServer, monkeypatch: pytest.MonkeyPatch, path: str, body: dict, name: str) -> None:
+    def validate(*_args, **_options):
+        raise AssertionError("items were validated")
+
+    for schema in (GenerateRequest, CompletionRequest, ChatRequest):
+        monkeypatch.setattr(schema, "model_validate", validate)
+    answer = live.post(path, body)
+    assert answer.status_code == (400 if path in OPENAI else 422)
+    assert name in answer.text and "0 items" in answer.text
+
+
+def test_a_list_of_wrong_items_makes_one_error() -> None:
+    for schema, body in (
+        (GenerateParameters, {"stop": [1] * 5000}),
+        (CompletionRequest, {"model": "", "prompt": "a", "stop": [1] * 5000}),
+    ):
+        with pytest.raises(ValidationError) as caught:
+            schema.model_validate(body)
+        assert caught.value.error_count() == 1
+    assert CompletionRequest.model_validate({"model": "", "prompt": [[5] * 30_000, [6]]}).prompt[1] == [6]
+
+
+def test_many_token_ids_are_no_attack(live: LiveServer) -> None:
+    answer = live.post("/v1/completions", {"model": "", "prompt": [5] * 60_000})
+    assert answer.status_code == 400 and "60000 `prompt` tokens" in answer.text
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/", *OPENAI])
+def test_bad_bodies_are_counted(live: LiveServer, path: str) -> None:
+    metrics = live.api.metrics
+    counters = (metrics.request_count, metrics.request_failure.labels("validation"))
+    before = [counter._value.get() for counter in counters]
+    assert send(live, path, b"{").status_code == 400
+    assert [counter._value.get() for counter in counters] == [value + 1 for value in before]

@@ -116,6 +116,7 @@ def test_a_full_queue_answers_429(tmp_path: Path, model_dir: Path) -> None:
             assert answer.json() == {"error": "Model is overloaded", "error_type": "overloaded"}
         answer = live.post("/v1/completions", {"model": "", "prompt": "x"})
         assert answer.status_code == 429 and answer.json()["error"]["type"] == "rate_limit_error"
+        assert live.api.metrics.request_failure.labels("overloaded")._value.get() == 5  # those refused at the door are counted too
         live.control()
         first.join(10)
         second.join(10)

@@ -224,3 +224,23 @@ def test_bundled_tokens_change_nothing(live: LiveServer) -> None:
     alone = generate(live, max_new_tokens=20, stop=["e f"], details=True).json()
     live.control(bundle=7)
     assert generate(live, max_new_tokens=20, stop=["e f"], details=True).json() == alone
+
+
+def test_texts_that_cannot_fit_are_not_tokenized(live: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = live.api.model.tokenizer
+    text = "x" * (127 * tokenizer.max_token_chars + 1)
+    assert generate(live, text, truncate=5, max_new_tokens=1).status_code == 200
+    monkeypatch.setattr(tokenizer, "_encode", lambda *_: pytest.fail("tokenized"))
+    for answer in (generate(live, text), live.post("/tokenize", {"inputs": text})):
+        assert answer.status_code == 422
+        assert f"`inputs` must have less than 127 tokens. Given: {len(text)} characters" in answer.json()["error"]
+
+
+def test_tokenize_is_bounded_and_admitted(live: LiveServer) -> None:
+    answer = live.post("/tokenize", {"inputs": "a b " * 100})
+    assert answer.status_code == 422 and "`inputs` must have less than 127 tokens. Given: 201" in answer.json()["error"]
+    live.api.admission.draining = True
+    try:
+        assert live.post("/tokenize", {"inputs": "a"}).status_code == 503
+    finally:
+        live.api.admission.draining = False

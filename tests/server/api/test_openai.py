@@ -228,3 +228,35 @@ def test_models(live: LiveServer) -> None:
     models = live.client.get("/v1/models").json()
     assert models["object"] == "list" and models["data"][0]["id"] == "base" and models["data"][0]["max_model_len"] == 128
     assert abs(models["data"][0]["created"] - time.time()) < 600
+
+
+def test_prompts_and_chats_that_cannot_fit_are_not_tokenized(live: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = live.api.model.tokenizer
+    text = "x" * (127 * tokenizer.max_token_chars + 1)
+    monkeypatch.setattr(tokenizer, "_encode", lambda *_: pytest.fail("tokenized"))
+    for answer, name in (
+        (complete(live, prompt=["a", text]), "prompt"),
+        (chat(live, messages=[{"role": "user", "content": text}]), "messages"),
+    ):
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == name
+        assert f"`{name}` must have less than 127 tokens" in answer.json()["error"]["message"]
+
+
+def test_token_ids_are_decoded_for_the_echo_alone(live: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = live.api.model.tokenizer.encode(PROMPT)
+    assert complete(live, prompt=ids, max_tokens=4, echo=True).json()["choices"][0]["text"] == PROMPT * 2
+    decoded = []
+    decode = live.api.model.tokenizer.decode
+    monkeypatch.setattr(live.api.model.tokenizer, "decode", lambda ids, **options: decoded.append(len(ids)) or decode(ids, **options))
+    assert complete(live, prompt=ids * 100, echo=True).status_code == 400 and decoded == []
+
+
+def test_a_scored_prompt_generates_nothing(live: LiveServer) -> None:
+    asked = {"max_tokens": 0, "echo": True, "logprobs": 0}
+    answer = complete(live, **asked).json()
+    assert answer["usage"]["completion_tokens"] == 0 and answer["usage"]["total_tokens"] == answer["usage"]["prompt_tokens"] == 4
+    events = live.events(
+        "/v1/completions", {"model": "base", "prompt": PROMPT, "stream": True, "stream_options": {"include_usage": True}} | asked
+    )
+    assert events[-2]["usage"]["completion_tokens"] == 0
+    assert [event["choices"][0]["finish_reason"] for event in events[:-2]] == ["length"]

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from server.api.text.detokenizer import Detokenizer
 from server.api.text.stops import StopFinder
 from server.api.text.templates import render
-from server.api.text.tokenizer import Tokenizer, load_adapter_tokenizer, load_tokenizer, read_chat_template
-from server.errors import AdapterRefused, TemplateFailed
+from server.api.text.tokenizer import Tokenizer, load_tokenizer
+from server.errors import TemplateFailed
 
 TEXTS = [
     "a  1 b",
@@ -180,41 +180,3 @@ def test_no_more_is_held_back_than_may_be_a_stop_string(pieces: list[str], stops
         held = fed[len(shown) :]
         assert fed.startswith(shown)
         assert held == "" or any(stop.startswith(held) and stop != held for stop in stops)
-
-
-def test_adapters_without_files_use_the_base(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    assert load_adapter_tokenizer(tmp_path, tokenizer, num_rows=10**6) is None
-    (tmp_path / "tokenizer_config.json").write_text("{}")
-    assert load_adapter_tokenizer(tmp_path, tokenizer, num_rows=10**6) is None
-
-
-def test_adapters_templates_wherever_they_are(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"chat_template": [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]})
-    )
-    assert read_chat_template(tmp_path) == "d"
-    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "j"}))
-    assert read_chat_template(tmp_path) == "j"
-    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
-    own = load_adapter_tokenizer(tmp_path, tokenizer, num_rows=10**6)
-    assert own is not None and own.chat_template == "{{ messages }}" and tokenizer.chat_template != own.chat_template
-    assert own.encode("abc") == tokenizer.encode("abc")
-
-
-def test_adapters_with_tokens_that_have_no_row_are_refused(tokenizer: Tokenizer, model_dir: Path, tmp_path: Path) -> None:
-    grown = json.loads((model_dir / "tokenizer.json").read_text())
-    grown["added_tokens"].append({"id": tokenizer.num_ids, "content": "<new>", "single_word": False, "lstrip": False, "rstrip": False,
-                                  "normalized": False, "special": True})  # fmt: skip
-    (tmp_path / "tokenizer.json").write_text(json.dumps(grown))
-    with pytest.raises(AdapterRefused, match=f"token ids up to {tokenizer.num_ids}, its embedding {tokenizer.num_ids} rows"):
-        load_adapter_tokenizer(tmp_path, tokenizer, num_rows=tokenizer.num_ids)
-    own = load_adapter_tokenizer(tmp_path, tokenizer, num_rows=tokenizer.num_ids + 1)
-    assert own is not None and own.encode("a<new>")[-1] == tokenizer.num_ids and own.is_special(tokenizer.num_ids)
-    assert own.chat_template == tokenizer.chat_template
-
-
-@pytest.mark.parametrize(("name", "content"), [("tokenizer.json", "{}"), ("tokenizer_config.json", "[1"), ("chat_template.json", "[]")])
-def test_broken_tokenizer_files_are_named(tokenizer: Tokenizer, tmp_path: Path, name: str, content: str) -> None:
-    (tmp_path / name).write_text(content)
-    with pytest.raises(AdapterRefused, match=name):
-        load_adapter_tokenizer(tmp_path, tokenizer, num_rows=10**6)

@@ -1,0 +1,106 @@
+"""From snapshots of adapters to a pack on disk and a tokenizer. All of it blocks: api.adapters runs it in threads.
+
+Owns the way (fetch, pack, merge, tokenizer), and the second try when the store's copy turns out to be damaged. Remembers nothing itself.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from server.adapters.merge import merge_hash, merge_packs
+from server.adapters.pack import read_header, write_pack
+from server.api.adapter_tokenizers import AdapterTokenizers
+from server.api.selection import AdapterSelection, Merge
+from server.api.text.tokenizer import Tokenizer
+from server.errors import AdapterRefused, SourceUnavailable
+from server.sources import Snapshot, Source, SourceChanged, Store, StoredAdapter
+from server.types import AdapterRef, BaseLayout
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What became of a selection. `snapshots` are those that were taken in the end; `own` is the adapter's digest and tokenizer."""
+
+    ref: AdapterRef
+    snapshots: tuple[Snapshot, ...]
+    own: tuple[str, Tokenizer] | None = None
+
+
+class AdapterPacker:
+    """Makes packs in `store`. Safe to use from several threads."""
+
+    def __init__(self, store: Store, tokenizers: AdapterTokenizers, *, max_merged_rank: int) -> None:
+        self._store, self._tokenizers, self._max_merged_rank = store, tokenizers, max_merged_rank
+
+    def make(self, source: Source, selection: AdapterSelection, snapshots: Sequence[Snapshot], layout: BaseLayout) -> Packed:
+        """Fetch and pack what is not yet there. The errors of Source and of adapters.pack, which name adapters as the caller did."""
+        stored = [self._store.materialize(source, snapshot, api_token=selection.api_token) for snapshot in snapshots]
+        refs: list[AdapterRef] = []
+        for index, adapter_id in enumerate(selection.ids):
+
+            def pack(one: StoredAdapter, adapter_id: str = adapter_id) -> AdapterRef:
+                return self._pack(one, adapter_id, layout)
+
+            stored[index], ref = self._healed(source, stored[index], selection.api_token, pack)
+            refs.append(ref)
+        if selection.merge is not None:
+            return Packed(self._merge(selection.merge, refs, layout), tuple(one.snapshot for one in stored))
+        num_rows = read_header(Path(refs[0].path))[0].vocab_size
+
+        def load(one: StoredAdapter) -> tuple[str, Tokenizer] | None:
+            with _naming(selection.adapter_id):
+                return self._tokenizers.load(one, num_rows)
+
+        one, own = self._healed(source, stored[0], selection.api_token, load)
+        return Packed(refs[0], (one.snapshot,), own)
+
+    def _healed(
+        self, source: Source, stored: StoredAdapter, api_token: str | None, work: Callable[[StoredAdapter], Result]
+    ) -> tuple[StoredAdapter, Result]:
+        """`work` on the stored files, once more on new ones if it fails and the store's copy is not what was fetched."""
+        try:
+            return stored, work(stored)
+        except SourceChanged:
+            raise
+        except (AdapterRefused, SourceUnavailable):
+            if stored.snapshot.folder is not None or self._store.verify(stored):
+                raise
+        stored = self._store.materialize(source, stored.snapshot, api_token=api_token)
+        return stored, work(stored)
+
+    def _pack(self, stored: StoredAdapter, adapter_id: str, layout: BaseLayout) -> AdapterRef:
+        def write(out: Path) -> None:
+            write_pack(stored.path, layout, stored.hash, out)
+
+        with _naming(adapter_id):
+            path = self._store.publish_pack(stored.hash, _pack_key(layout), write, stored)
+        return AdapterRef(stored.hash, str(path), adapter_id)
+
+    def _merge(self, merge: Merge, refs: list[AdapterRef], layout: BaseLayout) -> AdapterRef:
+        """The merged pack, under the hash of all that goes into it. Its random masks come of that hash, so the seed is always 0."""
+        options = (merge.strategy, merge.density, merge.majority_sign_method, 0)
+        hash = merge_hash([(ref.hash, weight) for ref, weight in zip(refs, merge.weights, strict=True)], *options)
+        inputs = [(Path(ref.path), weight) for ref, weight in zip(refs, merge.weights, strict=True)]
+
+        def write(out: Path) -> None:
+            merge_packs(inputs, *options, self._max_merged_rank, out)
+
+        path = self._store.publish_pack(hash, _pack_key(layout), write)
+        return AdapterRef(hash, str(path), "+".join(merge.ids))
+
+
+@contextmanager
+def _naming(adapter_id: str) -> Iterator[None]:
+    """A refusal with the adapter's name in front, outside of any flight that callers with other names for it share."""
+    try:
+        yield
+    except AdapterRefused as refusal:
+        raise AdapterRefused(f"Adapter '{adapter_id}': {refusal.message}", param=refusal.param) from refusal
+
+
+def _pack_key(layout: BaseLayout) -> str:
+    return f"{layout.fingerprint[:32]}-{layout.dtype}"

@@ -1,0 +1,48 @@
+"""What a request says of an adapter, and what it gets for it. Plain data; the routes make the one, api.adapters answers with the other."""
+
+import hashlib
+from dataclasses import dataclass
+
+from server.api.text.tokenizer import Tokenizer
+from server.types import AdapterRef
+
+
+@dataclass(frozen=True)
+class Merge:
+    """LoRAX's merged_adapters, already checked."""
+
+    ids: tuple[str, ...]
+    weights: tuple[float, ...]
+    strategy: str = "linear"
+    density: float = 0.0
+    majority_sign_method: str = "total"
+
+
+@dataclass(frozen=True)
+class AdapterSelection:
+    """What a request says: one adapter, or several merged. `api_token` is the caller's own, for sources that know callers."""
+
+    source: str
+    adapter_id: str = ""
+    merge: Merge | None = None
+    api_token: str | None = None
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The ids as they were given."""
+        return self.merge.ids if self.merge is not None else (self.adapter_id,)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for requests that must get the same answer."""
+        token = hashlib.sha256((self.api_token or "").encode("utf-8", errors="surrogatepass")).digest()
+        return (self.source, self.adapter_id, self.merge, token)
+
+
+@dataclass(frozen=True)
+class ResolvedAdapter:
+    """An adapter that is ready on local disk. `tokenizer` is the base's own unless the adapter brings one or a chat template."""
+
+    ref: AdapterRef
+    tokenizer: Tokenizer
+    own_template: bool  # the chat template is a stranger's
