@@ -22,6 +22,7 @@ from server.api.schemas_native import ErrorResponse, GenerateParameters, Generat
 from server.api.state import Api, ApiState
 from server.api.stream import EventStream, event, json_response, native_error, unless_gone
 from server.api.text.tokenizer import Tokenizer
+from server.settings import Settings
 
 router = APIRouter(tags=["native"])
 _ERRORS: dict[int | str, Any] = {status: {"model": ErrorResponse} for status in (400, 413, 415, 422, 424, 429, 500, 503)}
@@ -115,7 +116,7 @@ async def _prepared(request: Request, api: Api, body: GenerateRequest, record: R
     with record.failures():
         wishes = _wishes(parameters, stream)
         _check(parameters, wishes, api, stream)
-        selection = _select(parameters, api, bearer_token(request))
+        selection = _select(parameters, api, lorax_bearer(request, api.settings))
         record.chose(selection)
         if not body.inputs:
             raise refuse("`inputs` cannot be empty", "inputs")
@@ -204,7 +205,10 @@ def _select(parameters: GenerateParameters, api: Api, bearer: str | None) -> Ada
     return AdapterSelection(source, parameters.adapter_id, api_token=token) if parameters.adapter_id else None
 
 
-def bearer_token(request: Request) -> str | None:
-    """The token of `Authorization: Bearer`, with which LoRAX's clients send their token for the adapter's source."""
+def lorax_bearer(request: Request, settings: Settings) -> str | None:
+    """The token of `Authorization: Bearer` as LoRAX reads it, for the adapter's source: only under lorax-strict. Otherwise that header is
+    the caller's credential for this server and never leaves it; a source's token is `api_token`."""
+    if not settings.lorax_strict:
+        return None
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     return token.strip() or None if scheme.lower() == "bearer" else None

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from server.api.adapters import AdapterSelection, ResolvedAdapter
 from server.api.generation import Generation, Plan
-from server.api.native import bearer_token
+from server.api.native import lorax_bearer
 from server.api.record import Record
 from server.api.sampling import Wishes, check_best_of, check_wishes, refuse, to_params
 from server.api.schemas_openai import ChatRequest, CompletionRequest
@@ -71,7 +71,7 @@ def select(body: Body, api: Api, request: Request) -> AdapterSelection | None:
     source = api.source(body.adapter_source)
     if body.model in api.model.names:
         return None
-    return AdapterSelection(source, body.model, api_token=body.api_token or bearer_token(request))
+    return AdapterSelection(source, body.model, api_token=body.api_token or lorax_bearer(request, api.settings))
 
 
 @asynccontextmanager

@@ -43,7 +43,9 @@ class GenerateParameters(RequestModel):
     adapter_source: str | None = Field(None, description="local, s3 or hub; the server's default if none is given.", max_length=64)
     merged_adapters: MergedAdapters | None = Field(None, description="In place of `adapter_id`.")
     api_token: str | None = Field(
-        None, description="The caller's own token for the adapter's source; else the Bearer token.", max_length=4096
+        None,
+        description="The caller's token for the adapter's source (lorax-strict: else the Bearer token).",
+        max_length=4096,
     )
     best_of: int | None = Field(None, description="Generate so many and answer with the likeliest; needs sampling.")
     temperature: float | None = Field(None, description=">= 0; 0 is greedy.")

@@ -3,7 +3,10 @@
 import json
 
 import pytest
+from starlette.requests import Request
 
+from server.api.native import lorax_bearer
+from server.settings import Settings
 from tests.server.api.live import LiveServer
 
 PROMPT = "one two three four"
@@ -244,3 +247,10 @@ def test_tokenize_is_bounded_and_admitted(live: LiveServer) -> None:
         assert live.post("/tokenize", {"inputs": "a"}).status_code == 503
     finally:
         live.api.admission.draining = False
+
+
+@pytest.mark.parametrize(("strict", "expected"), [(False, None), (True, "secret")])
+def test_the_bearer_leaves_the_server_only_where_lorax_would_send_it(strict: bool, expected: str | None) -> None:
+    settings = Settings(model_id="m", lorax_strict=strict)
+    request = Request({"type": "http", "headers": [(b"authorization", b"Bearer secret")]})
+    assert lorax_bearer(request, settings) == expected
