@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from server.engine.core import EngineCore
+from server.engine.core import EngineCore, run_until_idle
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.memory.blocks import BlockPool
@@ -20,7 +20,7 @@ from server.model.adapter import read_adapter
 from server.model.attention import PagedAttention
 from server.model.base import BaseModel
 from server.model.load import load_base
-from server.types import EngineOptions
+from server.types import EngineOptions, EngineRequest, SamplingParams
 
 log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -109,9 +109,6 @@ def _num_blocks(base: BaseModel, options: EngineOptions) -> int:
 @torch.inference_mode()
 def _warm_up(core: EngineCore, base: BaseModel) -> None:
     """One step through every part, so that the first request does not pay for lazy initialization."""
-    from server.engine.core import run_until_idle
-    from server.types import EngineRequest, SamplingParams
-
     core.add(EngineRequest("warm-up", [0] * min(8, base.layout.vocab_size), SamplingParams(max_new_tokens=2)))
     failed = [output.error for output in run_until_idle(core) if output.finish_reason == "error"]
     if failed:

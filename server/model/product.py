@@ -1,7 +1,7 @@
 """How the base's products are computed: one weight for linears that read the same input, in the layout that the device is fastest with.
 
 On a GPU that is the plain weight. On a CPU it is oneDNN's own blocked layout, through the operators that torch's inductor uses for frozen
-weights: 3 to 4 times MKL's speed at 1 to 64 rows on the machine of benchmarks/LOG.md. The plain copy is given up there, so nothing is
+weights: 2.8 to 3.9 times MKL's speed at 1 to 64 rows on the machine of benchmarks/LOG.md. The plain copy is given up there, so nothing is
 held twice. Anything but a plain linear (a quantizer's, a subclass with a forward of its own) computes as it always did.
 """
 
