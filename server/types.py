@@ -11,6 +11,15 @@ PackDtype = Literal["float32", "bfloat16", "float16"]
 FinishReason = Literal["length", "stop", "aborted", "error"]
 
 
+class GrammarSpec(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What an answer must look like. `text` by kind: a JSON schema as JSON; a regular expression (Rust's syntax, no look-around) that the
+    whole answer matches; a grammar in llguidance's Lark, or in GBNF or EBNF (told by `::=`)."""
+
+    kind: Literal["json_schema", "regex", "grammar"]
+    text: str
+    param: str = "response_format"  # the request's field, for messages; no part of the grammar's identity
+
+
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """How the engine picks tokens for one sequence. Bounds are checked by the API; the engine trusts them."""
 
@@ -29,6 +38,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     num_logprobs: int = -1  # -1 none, 0 the chosen token's, k also the k likeliest
     raw_logprobs: bool = False  # True: of the model's own distribution (OpenAI); False: after penalties and warpers (LoRAX)
     num_prompt_logprobs: int = -1  # -1 none, 0 the prompt tokens' own, k also the k likeliest
+    grammar: GrammarSpec | None = None
 
 
 class AdapterRef(msgspec.Struct, frozen=True):
@@ -69,6 +79,7 @@ class SequenceOutput(msgspec.Struct, omit_defaults=True):
     finish_reason: FinishReason | None = None
     error: str | None = None  # with finish_reason "error": a message for the caller
     error_kind: str | None = None  # class name in server.errors
+    error_param: str | None = None  # the request's field that is at fault, where there is one
     num_cached_tokens: int = 0  # prompt tokens read from the prefix cache (with the first token)
     queued_s: float = 0.0  # from arrival in the engine to its first step (with the first token)
 
@@ -194,3 +205,9 @@ class EngineOptions(msgspec.Struct, frozen=True):
     adapter_host_bytes: int | None = None
     num_threads: int | None = None
     allow_unverified_architecture: bool = False
+    # "auto" is what the device is fastest with: on a GPU an arena, Triton kernels, FlashInfer, compiled layers and captured decode steps.
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    attention: Literal["auto", "flashinfer", "sdpa"] = "auto"
+    compile_layers: bool | None = None
+    cuda_graphs: bool | None = None
+    overlap: bool | None = None  # launch a step before the last one's tokens are looked at

@@ -1,8 +1,12 @@
 """What several packages of tests share: the embedded model, made once."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+if os.environ.get("MANYLORA_TEST_DEVICE", "cpu") == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported first: its kernels then run on CPU tensors
 
 
 @pytest.fixture(scope="session")

@@ -8,21 +8,27 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import torch
 
+from server.engine.backends import choose_backends, divide, use_arena
 from server.engine.core import EngineCore, run_until_idle
+from server.engine.grammar import GrammarCompiler
+from server.engine.grammar_queue import GrammarQueue
+from server.engine.graphs import DecodeGraphs
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.memory.blocks import BlockPool
+from server.memory.slabs import HostSlabs
+from server.memory.tier import Carrier
 from server.memory.tiers import AdapterTiers
 from server.model.adapter import read_adapter
-from server.model.attention import PagedAttention
+from server.model.arena_adapters import ArenaCarrier
 from server.model.base import BaseModel
 from server.model.load import load_base
 from server.types import EngineOptions, EngineRequest, SamplingParams
 
 log = logging.getLogger(__name__)
+RESERVED_HOST_BYTES = 1 << 30  # page-locked at the start
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -49,68 +55,70 @@ def build_engine(
         "load",
         lambda: load_base(Path(options.model_dir), dtype, device, allow_unverified_architecture=options.allow_unverified_architecture),
     )
-    core = timed("allocate", lambda: assemble(base, options, on_adapter))
+    core = timed("allocate", lambda: assemble(base, options, on_adapter, on_phase))
     timed("warm_up", lambda: _warm_up(core, base))
     return core, base, phases
 
 
-def assemble(base: BaseModel, options: EngineOptions, on_adapter: Callable[..., None] = lambda *_: None) -> EngineCore:
+def assemble(
+    base: BaseModel,
+    options: EngineOptions,
+    on_adapter: Callable[..., None] = lambda *_: None,
+    on_phase: Callable[[str], None] = lambda phase: None,
+) -> EngineCore:
     """Divide the memory and connect the parts. ValueError names the option that cannot be met."""
     max_positions = getattr(base.config, "max_position_embeddings", None)
     if max_positions is not None and options.max_sequence_len > max_positions:
         raise ValueError(f"max_sequence_len {options.max_sequence_len} is beyond the model's {max_positions} positions")
     if options.max_batch_tokens < options.max_batch_size:
         raise ValueError(f"max_batch_tokens {options.max_batch_tokens} must be at least max_batch_size {options.max_batch_size}")
-    num_blocks = _num_blocks(base, options)
-    if num_blocks * options.block_size < options.max_sequence_len:
+    plan = choose_backends(base, options)
+    log.info("backends: %s", plan)
+    memory = divide(base, options, plan)
+    if memory.num_blocks * options.block_size < options.max_sequence_len:
         raise ValueError(
-            f"the cache holds {num_blocks} blocks of {options.block_size} tokens, fewer than one sequence of max_sequence_len "
+            f"the cache holds {memory.num_blocks} blocks of {options.block_size} tokens, fewer than one sequence of max_sequence_len "
             f"{options.max_sequence_len} tokens needs"
         )
-    base.attach_cache(num_blocks, options.block_size)
-    free_bytes = _free_bytes(base.device)
-    layout = base.layout
-    tiers = AdapterTiers(
-        read=lambda ref: read_adapter(ref, layout.fingerprint, layout.dtype),
-        place=base.place,
-        host_bytes=options.adapter_host_bytes or psutil.virtual_memory().available // 4,
-        device_bytes=options.adapter_device_bytes or free_bytes // 4,
-        on_event=on_adapter,
-    )
-    pool = BlockPool(num_blocks, options.block_size)
+    pool = BlockPool(memory.num_blocks, options.block_size)
+    arena, tiling = None, None
+    if plan.kernels == "triton":
+        arena, tiling = use_arena(base, options, plan, memory)
+        slabs = HostSlabs(pinned=base.device.type == "cuda")
+        slabs.reserve(min(memory.adapter_host_bytes, RESERVED_HOST_BYTES) if base.device.type == "cuda" else 0)
+        carrier = ArenaCarrier(base.layout, base.group_shapes, base.placer, arena, pool, slabs)
+    else:
+        base.attach_cache(memory.num_blocks, options.block_size)
+        carrier = Carrier(lambda ref: read_adapter(ref, base.layout.fingerprint, base.layout.dtype), base.place)
+    tiers = AdapterTiers(carrier, memory.adapter_host_bytes, memory.adapter_device_bytes, on_adapter)
     scheduler = Scheduler(
         pool,
         tiers,
         max_batch_tokens=options.max_batch_tokens,
         max_batch_size=options.max_batch_size,
         max_sequence_len=options.max_sequence_len,
-        vocab_size=lambda adapter_hash: tiers.on_device(adapter_hash).vocab_size if adapter_hash else layout.vocab_size,
+        vocab_size=lambda adapter_hash: tiers.on_device(adapter_hash).vocab_size if adapter_hash else base.layout.vocab_size,
         prefix_caching=options.prefix_caching,
         base_revision=options.revision or base.revision,
+        shares_memory=arena is not None,
     )
-    return EngineCore(scheduler, Runner(base, tiers), tiers, pool)
-
-
-def _free_bytes(device: torch.device) -> int:
-    return psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-
-
-def _num_blocks(base: BaseModel, options: EngineOptions) -> int:
-    if options.num_blocks is not None:
-        return options.num_blocks
-    block_bytes = PagedAttention.num_bytes(base.attention_shapes, options.block_size, base.dtype)
-    if options.kv_cache_bytes is not None:
-        return options.kv_cache_bytes // block_bytes
-    # A quarter of what is free, but no more than all sequences of a full batch could use.
-    useful = options.max_batch_size * -(-options.max_sequence_len // options.block_size)
-    return max(1, min(useful, _free_bytes(base.device) // 4 // block_bytes))
+    graphs = None
+    if plan.cuda_graphs:
+        on_phase("capture")
+        graphs = DecodeGraphs(base, tiling, options.max_batch_size)
+        graphs.capture()
+    runner = Runner(base, tiers, tiling=tiling, graphs=graphs, defers=plan.overlap)
+    grammars = GrammarQueue(GrammarCompiler(Path(options.model_dir), vocab_size=base.layout.vocab_size))
+    return EngineCore(scheduler, runner, tiers, pool, grammars)
 
 
 @torch.inference_mode()
 def _warm_up(core: EngineCore, base: BaseModel) -> None:
-    """One step through every part, so that the first request does not pay for lazy initialization."""
-    core.add(EngineRequest("warm-up", [0] * min(8, base.layout.vocab_size), SamplingParams(max_new_tokens=2)))
-    failed = [output.error for output in run_until_idle(core) if output.finish_reason == "error"]
-    if failed:
-        raise ValueError(f"the model does not run: {failed[0]}")
-    core.num_steps = core.num_prompt_tokens = core.num_output_tokens = 0
+    """Steps through every part, so that the first request does not pay for what is done at first use."""
+    for prompt_len in (min(24, core.scheduler.max_sequence_len - 2), 1):
+        tokens = [token % base.layout.vocab_size for token in range(max(1, prompt_len))]
+        core.add(EngineRequest("warm-up", tokens, SamplingParams(max_new_tokens=2)))
+        failed = [output.error for output in run_until_idle(core, timeout_s=1800) if output.finish_reason == "error"]
+        if failed:
+            raise ValueError(f"the model does not run: {failed[0]}")
+    core.num_steps = core.num_prompt_tokens = core.num_output_tokens = core.scheduler.num_cached_tokens = 0

@@ -1,19 +1,22 @@
 """The engine without its sockets: requests in, outputs out, one step at a time. Usable in a script or a benchmark as it is.
 
 Owns the ends of requests: every one that was added ends in exactly one output with a finish_reason. What fails in a step is narrowed down
-to the sequences that make it fail; the others go on.
+to the sequences that make it fail; the others go on. Where the runner defers, a step is scheduled and launched before the last one's tokens
+are looked at; a sequence that turns out to have ended then has one row for nothing.
 """
 
 import logging
 import time
 
-import torch
-
-from server.engine.runner import Runner
+from server.engine.chunk import Chunk
+from server.engine.failures import failure, is_fatal
+from server.engine.grammar import Matcher
+from server.engine.grammar_queue import GrammarQueue
+from server.engine.runner import Launch, Runner
 from server.engine.sampler import Sampled
-from server.engine.scheduler import Chunk, Scheduler
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
-from server.errors import GenerationFailed, ServerError
+from server.errors import GenerationFailed
 from server.ipc.messages import EngineStats
 from server.memory.blocks import BlockPool
 from server.memory.tiers import AdapterTiers
@@ -25,44 +28,76 @@ log = logging.getLogger(__name__)
 class EngineCore:
     """Scheduler and runner together. Not thread-safe: one thread calls it."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, tiers: AdapterTiers, pool: BlockPool) -> None:
+    def __init__(self, scheduler: Scheduler, runner: Runner, tiers: AdapterTiers, pool: BlockPool, grammars: GrammarQueue) -> None:
         self.scheduler, self.runner, self.tiers, self.pool = scheduler, runner, tiers, pool
+        self.grammars = grammars
         self._outputs: list[SequenceOutput] = []
+        self._launched: Launch | None = None  # a step whose tokens have not been looked at
         self.num_steps = self.num_prompt_tokens = self.num_output_tokens = 0
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request. One that can never run is answered with an error at the next step."""
         try:
-            self.scheduler.add(request)
+            if request.params.grammar is None:
+                self.scheduler.add(request)
+            elif request.request_id in self.scheduler.sequences:
+                raise KeyError(request.request_id)
+            else:
+                self.grammars.add(request)
+                if request.adapter is not None:
+                    self.tiers.prefetch(request.adapter)
         except ValueError as error:
-            self._outputs.append(_failure(request.request_id, GenerationFailed(str(error))))
+            self._outputs.append(failure(request.request_id, GenerationFailed(str(error))))
         except KeyError:  # an answer would end the other request of that id
             log.error("request id %s is in use; the second request of that id is dropped", request.request_id)
 
+    def _queue(self, request: EngineRequest, outcome: Matcher | Exception) -> None:
+        """Queue a request whose grammar is compiled, or answer it if there is no such grammar."""
+        if isinstance(outcome, Exception):
+            self._outputs.append(failure(request.request_id, outcome))
+            return
+        try:
+            self.scheduler.add(request, outcome)
+        except ValueError as error:
+            self._outputs.append(failure(request.request_id, GenerationFailed(str(error))))
+
     def abort(self, request_id: str) -> None:
         """End a request now; unknown ids are ignored."""
-        if self.scheduler.remove(request_id) is not None:
+        if self.grammars.remove(request_id) or self.scheduler.remove(request_id) is not None:
             self._outputs.append(SequenceOutput(request_id, finish_reason="aborted"))
 
     def abort_all(self) -> None:
         """End every request now."""
-        for request_id in self.scheduler.request_ids:
+        for request_id in [*self.scheduler.sequences, *self.grammars.request_ids]:
             self.abort(request_id)
 
     @property
     def has_work(self) -> bool:
         """Whether `step` would do something now (an adapter that is being read sets `tiers.arrived` when it is here)."""
-        return self.scheduler.has_work or bool(self._outputs) or self.tiers.arrived.is_set()
+        if self._launched is not None or self._outputs or self.scheduler.has_work:
+            return True
+        return self.grammars.arrived.is_set() or self.tiers.has_news
 
     def step(self) -> list[SequenceOutput]:
-        """Collect adapters that arrived, run one step, and return what it brought."""
+        """Collect adapters that arrived, start one step, and return what the last one brought (or this one, where steps do not overlap)."""
+        for request, outcome in self.grammars.take():
+            self._queue(request, outcome)
         for sequence, error in self.scheduler.collect_failed():
-            self._outputs.append(_failure(sequence.request.request_id, error))
+            self._outputs.append(failure(sequence.request.request_id, error))
+        if self._launched is not None and any(sequence.needs_host for sequence in self.scheduler.running):
+            self._collect()  # the next step needs its tokens on the host
         chunks = self.scheduler.schedule()
+        before = self._launched
         if chunks:
             self.num_steps += 1
-            for chunk, sampled in self._execute(chunks):
-                self._advance(chunk, sampled)
+            launched = self._launch(chunks)
+            if self._launched is before:
+                self._collect()
+            self._launched = launched
+            if launched is not None and not launched.is_deferred:
+                self._collect()
+        else:
+            self._collect()
         return self.take_outputs()
 
     def take_outputs(self) -> list[SequenceOutput]:
@@ -75,7 +110,10 @@ class EngineCore:
         scheduler, pool, tiers = self.scheduler, self.pool, self.tiers
         return EngineStats(
             num_running=len(scheduler.running),
-            num_waiting=scheduler.num_waiting,
+            num_waiting=scheduler.num_waiting + len(self.grammars),
+            num_tokens=sum(len(sequence.tokens) for sequence in scheduler.sequences.values()),
+            max_tokens=pool.num_blocks * pool.block_size,
+            max_batch_size=scheduler.max_batch_size,
             num_blocks_used=pool.num_used,
             num_blocks=pool.num_blocks,
             num_blocks_cached=pool.num_cached,
@@ -90,45 +128,74 @@ class EngineCore:
             adapter_bytes_host=tiers.host.used_bytes,
         )
 
-    def _execute(self, chunks: list[Chunk]) -> list[tuple[Chunk, Sampled | None]]:
-        """Run the chunks; where that fails, halves of them, until those that fail stand alone. Running a chunk again is harmless."""
+    def _launch(self, chunks: list[Chunk]) -> Launch | None:
+        """Start the step. Where that fails, the chunks are run by halves, until those that fail stand alone."""
         try:
-            sampled = self.runner.execute(chunks)
+            launched = self.runner.launch(chunks, self._launched)
         except Exception as error:
-            if _is_fatal(error):
+            if is_fatal(error):
                 raise
-            if len(chunks) > 1:
-                log.warning("a step of %d sequences failed (%s); running its halves", len(chunks), type(error).__name__)
-                middle = len(chunks) // 2
-                return self._execute(chunks[:middle]) + self._execute(chunks[middle:])
-            log.exception("request %s failed in a step", chunks[0].sequence.request.request_id)
+            self._collect()
+            self._run_halves(chunks, error)
+            return None
+        for chunk in chunks:
+            self.scheduler.advance(chunk)
+        return launched
+
+    def _run_halves(self, chunks: list[Chunk], error: Exception) -> None:
+        """Run chunks whose step failed with `error`, none of them advanced, by halves. Running a chunk again is harmless."""
+        chunks = [chunk for chunk in chunks if self.scheduler.holds(chunk.sequence)]
+        if len(chunks) == 1:
+            log.error("request %s failed in a step", chunks[0].sequence.request.request_id, exc_info=error)
             self._fail(chunks[0].sequence, GenerationFailed(f"the engine failed on this request ({type(error).__name__})"))
-            return []
-        return [(chunk, sampled.get(chunk.sequence.request.request_id)) for chunk in chunks]
+            return
+        log.warning("a step of %d sequences failed (%s); running its halves", len(chunks), type(error).__name__)
+        for half in (chunks[: len(chunks) // 2], chunks[len(chunks) // 2 :]):
+            try:
+                sampled = self.runner.execute(half) if half else {}
+            except Exception as again:
+                if is_fatal(again):
+                    raise
+                self._run_halves(half, again)
+                continue
+            for chunk in half:
+                self.scheduler.advance(chunk)
+                self._advance(chunk, sampled.get(chunk.sequence.request.request_id))
+
+    def _collect(self) -> None:
+        """What the last step that was launched brought, once it is there."""
+        launched, self._launched = self._launched, None
+        if launched is None:
+            return
+        sampled = launched.collect()
+        for chunk in launched.chunks:
+            if self.scheduler.holds(chunk.sequence):  # not ended since, by its last token or by an abort
+                self._advance(chunk, sampled.get(chunk.sequence.request.request_id))
 
     def _advance(self, chunk: Chunk, sampled: Sampled | None) -> None:
         sequence = chunk.sequence
         if not chunk.samples:
-            self.scheduler.complete(chunk)
+            self.scheduler.publish(sequence)
             return
-        if sampled is None or sampled.token is None:
-            self._fail(sequence, GenerationFailed("the model's logits are not finite for this request"))
+        if (error := _why_not(sequence, sampled)) is not None:
+            self._fail(sequence, error)
             return
-        self.scheduler.complete(chunk)
+        is_first = sequence.num_outputs == sequence.num_unknown
+        sequence.learn(sampled.token)
+        self.scheduler.publish(sequence)
         params = sequence.request.params
         output = SequenceOutput(sequence.request.request_id, [sampled.token])
-        if sequence.num_outputs == 0:
+        if is_first:
             self.num_prompt_tokens += sequence.prompt_len
             output.num_cached_tokens = sequence.num_cached
             output.queued_s = sequence.started_at - sequence.arrived_at
             output.prompt_logprobs = _prompt_logprobs(sequence)
         if sampled.logprob is not None:
             output.logprobs = [sampled.logprob]
-        sequence.append(sampled.token)
         self.num_output_tokens += 1
-        if sampled.token in params.stop_token_ids:
+        if sampled.token in params.stop_token_ids or (sequence.matcher is not None and sequence.matcher.finished):
             output.finish_reason = "stop"
-        elif sequence.num_outputs >= params.max_new_tokens:
+        elif sequence.num_outputs - sequence.num_unknown >= params.max_new_tokens:
             output.finish_reason = "length"
         if output.finish_reason is not None:
             self.scheduler.remove(sequence.request.request_id)
@@ -136,12 +203,21 @@ class EngineCore:
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         self.scheduler.remove(sequence.request.request_id)
-        self._outputs.append(_failure(sequence.request.request_id, error))
+        self._outputs.append(failure(sequence.request.request_id, error))
 
 
-def _is_fatal(error: Exception) -> bool:
-    """Whether the device itself is lost (a CUDA error leaves its context unusable), so that no other request could run either."""
-    return isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
+def _why_not(sequence: Sequence, sampled: Sampled | None) -> GenerationFailed | None:
+    """Why the token cannot be the sequence's next one; None if it can, and then its grammar has taken it."""
+    if sampled is None or sampled.token is None:
+        if sequence.matcher is not None and sequence.matcher.failed:
+            return GenerationFailed("the answer's grammar became too complex to follow")
+        return GenerationFailed("the model's logits are not finite for this request")
+    try:
+        if sequence.matcher is not None:
+            sequence.matcher.accept(sampled.token)
+    except GenerationFailed as error:
+        return error
+    return None
 
 
 def _prompt_logprobs(sequence: Sequence):
@@ -150,19 +226,11 @@ def _prompt_logprobs(sequence: Sequence):
     return [Logprob(sequence.tokens[0], None), *sequence.prompt_logprobs[1:]]
 
 
-def _failure(request_id: str, error: Exception) -> SequenceOutput:
-    if isinstance(error, ServerError):
-        return SequenceOutput(request_id, finish_reason="error", error=error.message, error_kind=type(error).__name__)
-    return SequenceOutput(
-        request_id, finish_reason="error", error=f"the adapter could not be loaded ({type(error).__name__})", error_kind="GenerationFailed"
-    )
-
-
 def run_until_idle(core: EngineCore, timeout_s: float = 600.0) -> list[SequenceOutput]:
     """Step until nothing is left; for scripts, tests and benchmarks. TimeoutError if it takes longer than `timeout_s`."""
     outputs: list[SequenceOutput] = []
     deadline = time.monotonic() + timeout_s
-    while core.has_work or core.scheduler.num_waiting or core.scheduler.running:
+    while core.has_work or core.scheduler.num_waiting or len(core.grammars) or core.scheduler.running:
         if time.monotonic() > deadline:
             raise TimeoutError(f"{core.scheduler.num_waiting} waiting, {len(core.scheduler.running)} running after {timeout_s} s")
         if not core.has_work:

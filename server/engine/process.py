@@ -89,7 +89,7 @@ class EngineLoop:
             if idle:
                 self.pulse.enter("idle", None, self.core.num_steps, self.core.stats())
             # While adapters are read nothing else wakes the loop, so it looks more often.
-            wait_s = 0.0 if not idle else 0.002 if self.core.scheduler.num_waiting else IDLE_WAIT_S
+            wait_s = 0.0 if not idle else 0.002 if self.core.scheduler.num_waiting or len(self.core.grammars) else IDLE_WAIT_S
             for message in self.socket.receive(wait_s):
                 self._handle(message)
             if self.core.has_work and not self.stopped:
@@ -143,6 +143,7 @@ def serve(address: str, options: EngineOptions) -> int:
             )
         )
         EngineLoop(socket, core, pulse).run()
+        core.grammars.close()
         core.tiers.close()
         return 0
     except PeerLost as lost:

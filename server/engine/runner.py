@@ -1,52 +1,153 @@
 """One step on the device: chunks to tensors, the model's three parts, logits to tokens. Owns every tensor of the engine.
 
-It does not know queues or sockets. Rows are sorted by adapter, so that each adapter's rows are one slice of the batch.
+It does not know queues or sockets. `launch` returns before the device is done where nothing of the step is needed on the host but tokens;
+the next step can then be launched with tokens that are still unknown here: they are read from where the last step leaves them.
 """
 
+from functools import reduce
+from operator import or_
+
+import numpy as np
 import torch
 
+from server.engine.batch import Batch, make_batch
+from server.engine.chunk import Chunk
+from server.engine.draw import NOT_FINITE, draw_all
+from server.engine.graphs import DecodeGraphs
+from server.engine.masks import GrammarMasks
 from server.engine.sampler import Sampled, describe_prompt, sample
-from server.engine.scheduler import Chunk
+from server.engine.sequence import Sequence
+from server.engine.tiling import Tiling
 from server.memory.tiers import AdapterTiers
-from server.model.attention import SequenceSpan
 from server.model.base import BaseModel
 from server.model.forward import Segment
+
+
+class Launch:
+    """A step that was launched. `drawn` [rows] are its tokens on the device, `drawn_row` says whose is where."""
+
+    def __init__(self, chunks: list[Chunk]) -> None:
+        self.chunks = chunks
+        self.is_deferred = False
+        self.drawn: torch.Tensor | None = None
+        self.drawn_row: dict[Sequence, int] = {}
+        self._results: dict[str, Sampled] = {}
+        self._copied: torch.cuda.Event | None = None
+        self._on_host: torch.Tensor | None = None
+
+    def keep(self, results: dict[str, Sampled]) -> None:
+        """The step's results, known at once."""
+        self._results |= results
+
+    def defer(self, sequences: list[Sequence], drawn: torch.Tensor) -> None:
+        """The step's tokens are on the device alone yet."""
+        self.is_deferred, self.drawn = True, drawn
+        self.drawn_row = {sequence: row for row, sequence in enumerate(sequences)}
+        if drawn.device.type == "cuda":
+            self._on_host = torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True)
+            self._on_host.copy_(drawn, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        else:
+            self._on_host = drawn
+
+    def collect(self) -> dict[str, Sampled]:
+        """What was drawn, by request id; waits for the device. What failed there is raised here."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        if self._on_host is not None:
+            tokens = self._on_host.tolist()
+            for sequence, row in self.drawn_row.items():
+                self._results[sequence.request.request_id] = Sampled(None if tokens[row] == NOT_FINITE else tokens[row])
+        return self._results
 
 
 class Runner:
     """Runs steps of a BaseModel. Its adapters come from `tiers`, where the scheduler has pinned them."""
 
-    def __init__(self, base: BaseModel, tiers: AdapterTiers) -> None:
-        self.base, self.tiers = base, tiers
+    def __init__(
+        self,
+        base: BaseModel,
+        tiers: AdapterTiers,
+        *,
+        tiling: Tiling | None = None,
+        graphs: DecodeGraphs | None = None,
+        defers: bool = False,
+    ) -> None:
+        """`tiling`: adapters lie in an arena and rows go by tiles. `graphs`: decode steps are replayed. `defers`: tokens are not
+        waited for."""
+        self.base, self.tiers, self.tiling, self.graphs, self.defers = base, tiers, tiling, graphs, defers
+        self.masks = GrammarMasks()
 
-    @torch.inference_mode()
     def execute(self, chunks: list[Chunk]) -> dict[str, Sampled]:
         """Compute the chunks' tokens and draw a token for each that samples, by request id. Running it twice changes nothing."""
-        chunks = sorted(chunks, key=lambda chunk: chunk.sequence.adapter_hash)
+        return self.launch(chunks).collect()
+
+    @torch.inference_mode()
+    def launch(self, chunks: list[Chunk], before: Launch | None = None) -> Launch:
+        """Start a step; `before` is the one whose tokens are UNKNOWN here yet."""
+        launch = Launch(chunks)
+        together = [chunk for chunk in chunks if self.tiling is None or self._is_grouped(chunk)]
+        apart = [chunk for chunk in chunks if self.tiling is not None and not self._is_grouped(chunk)]
+        defers = self.defers and not apart and not any(chunk.sequence.needs_host for chunk in chunks)
+        if together:
+            self._run(launch, make_batch(together), before, defers)
+        if apart:  # an adapter that replaces weights or modules: its rows see its own modules, uncaptured and uncompiled
+            with self.base.replacements():
+                self._run(launch, make_batch(apart), before, False, apart=True)
+        return launch
+
+    def _run(self, launch: Launch, batch: Batch, before: Launch | None, defers: bool, *, apart: bool = False) -> None:
         base, state = self.base, self.base.state
-        tokens: list[int] = []
-        positions: list[int] = []
-        spans: list[SequenceSpan] = []
-        for chunk in chunks:
-            sequence, start = chunk.sequence, chunk.sequence.num_computed
-            stop = start + chunk.num_tokens
-            spans.append(SequenceSpan(len(tokens), chunk.num_tokens, stop, sequence.blocks))
-            tokens += sequence.tokens[start:stop]
-            positions += range(start, stop)
-        head_rows, head_counts = _head_rows(chunks, spans)
+        graph = self.graphs.size_for(batch) if self.graphs is not None and not apart else None
         try:
-            state.token_segments = self._segments(chunks, [chunk.num_tokens for chunk in chunks])
-            state.head_segments = self._segments(chunks, head_counts)
-            base.attention.plan(spans)
-            embeddings = base.embed(torch.tensor(tokens, device=base.device))  # [tokens, hidden]
-            hidden = base.decode(embeddings, torch.tensor(positions, device=base.device))  # [tokens, hidden]
-            if not head_rows:
-                return {}
-            rows = hidden if len(head_rows) == len(tokens) else hidden[torch.tensor(head_rows, device=base.device)]
+            state.token_segments = self._segments(batch.chunks, [chunk.num_tokens for chunk in batch.chunks])
+            state.head_segments = self._segments(batch.chunks, batch.head_counts)
+            ids = self._ids(batch, before)  # [tokens]
+            embeddings = base.embed(ids)  # [tokens, hidden]
+            if graph is not None:
+                hidden = self.graphs.replay(graph, batch, embeddings, self._bases(batch))  # [tokens, hidden]
+            else:
+                if self.tiling is not None and not apart:
+                    state.tiles, state.touched = self.tiling.tiles_for(self._bases(batch)), self._touched(batch)
+                base.attention.plan(batch.spans)
+                hidden = base.decode(embeddings, self._to_device(batch.positions))  # [tokens, hidden]
+            if not len(batch.head_rows):
+                return
+            rows = hidden if len(batch.head_rows) == len(batch.ids) else hidden[self._to_device(batch.head_rows)]
             logits = base.head(rows)  # [head rows, vocabulary]
         finally:
             state.clear()
-        return self._finish(chunks, logits, head_counts)
+        if defers:
+            sequences = [chunk.sequence for chunk in batch.chunks if chunk.samples]
+            launch.defer(sequences, draw_all(logits, sequences, self._vocab_sizes(sequences)))
+        else:
+            launch.keep(self._sample(batch, logits))
+
+    def _ids(self, batch: Batch, before: Launch | None) -> torch.Tensor:
+        unknown = None if before is None else batch.unknown_rows(before.drawn_row)
+        ids = self._to_device(batch.ids)
+        if unknown is None:
+            return ids
+        rows = self._to_device(unknown)
+        return torch.where(rows >= 0, before.drawn[rows.clamp_min(0)].clamp_min(0), ids)
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self.base.device, non_blocking=True) if self.base.device.type == "cuda" else tensor
+
+    def _is_grouped(self, chunk: Chunk) -> bool:
+        adapter_hash = chunk.sequence.adapter_hash
+        return not adapter_hash or self.tiers.on_device(adapter_hash).is_grouped
+
+    def _bases(self, batch: Batch) -> np.ndarray:
+        """Where each row's adapter lies, -1 for the base: int64 [tokens]."""
+        on_device = self.tiers.on_device
+        return batch.repeat(lambda chunk: on_device(chunk.sequence.adapter_hash).base if chunk.sequence.adapter_hash else -1)
+
+    def _touched(self, batch: Batch) -> int:
+        hashes = {chunk.sequence.adapter_hash for chunk in batch.chunks} - {""}
+        return reduce(or_, (self.tiers.on_device(adapter_hash).touched for adapter_hash in hashes), 0)
 
     def _segments(self, chunks: list[Chunk], counts: list[int]) -> list[Segment]:
         segments: list[Segment] = []
@@ -62,9 +163,9 @@ class Runner:
             row += count
         return segments
 
-    def _finish(self, chunks: list[Chunk], logits: torch.Tensor, head_counts: list[int]) -> dict[str, Sampled]:
+    def _sample(self, batch: Batch, logits: torch.Tensor) -> dict[str, Sampled]:
         row, sample_rows, sequences = 0, [], []
-        for chunk, count in zip(chunks, head_counts, strict=True):
+        for chunk, count in zip(batch.chunks, batch.head_counts, strict=True):
             sequence = chunk.sequence
             if sequence.prompt_logprobs is not None:
                 self._keep_prompt_logprobs(chunk, logits[row : row + count])
@@ -76,32 +177,17 @@ class Runner:
             return {}
         if len(sample_rows) != len(logits):
             logits = logits[torch.tensor(sample_rows, device=logits.device)]
-        sampled = sample(logits, sequences, [self._vocab_size(sequence.adapter_hash) for sequence in sequences])
+        sampled = sample(logits, sequences, self._vocab_sizes(sequences), self.masks)
         return {sequence.request.request_id: result for sequence, result in zip(sequences, sampled, strict=True)}
 
-    def _vocab_size(self, adapter_hash: str) -> int:
-        return self.tiers.on_device(adapter_hash).vocab_size if adapter_hash else self.base.layout.vocab_size
+    def _vocab_sizes(self, sequences: list[Sequence]) -> list[int]:
+        of_base, on_device = self.base.layout.vocab_size, self.tiers.on_device
+        return [on_device(s.adapter_hash).vocab_size if s.adapter_hash else of_base for s in sequences]
 
     def _keep_prompt_logprobs(self, chunk: Chunk, logits: torch.Tensor) -> None:
         sequence, start = chunk.sequence, chunk.sequence.num_computed
         stop = min(start + chunk.num_tokens, sequence.prompt_len - 1)  # position p tells of token p + 1
         if stop > start:
-            logits = logits[: stop - start, : self._vocab_size(sequence.adapter_hash)]
+            logits = logits[: stop - start, : self._vocab_sizes([sequence])[0]]
             following = sequence.tokens[start + 1 : stop + 1]
             sequence.prompt_logprobs[start + 1 : stop + 1] = describe_prompt(logits, following, sequence.request.params.num_prompt_logprobs)
-
-
-def _head_rows(chunks: list[Chunk], spans: list[SequenceSpan]) -> tuple[list[int], list[int]]:
-    """Rows of the batch whose logits are wanted, and how many each chunk has."""
-    rows: list[int] = []
-    counts: list[int] = []
-    for chunk, span in zip(chunks, spans, strict=True):
-        if chunk.sequence.prompt_logprobs is not None and chunk.sequence.num_computed < chunk.sequence.prompt_len - 1:
-            wanted = range(span.start, span.start + span.num_tokens)
-        elif chunk.samples:
-            wanted = range(span.start + span.num_tokens - 1, span.start + span.num_tokens)
-        else:
-            wanted = range(0)
-        rows += wanted
-        counts.append(len(wanted))
-    return rows, counts

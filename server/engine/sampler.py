@@ -7,10 +7,12 @@ counts in the output). Warpers in transformers' order: temperature, top-k, top-p
 """
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
+from server.engine.masks import GrammarMasks
 from server.engine.sequence import Sequence
 from server.types import Logprob, SamplingParams
 
@@ -31,7 +33,7 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 11) / 2**53
 
 
-def sample(logits: torch.Tensor, sequences: list[Sequence], vocab_sizes: list[int]) -> list[Sampled]:
+def sample(logits: torch.Tensor, sequences: list[Sequence], vocab_sizes: list[int], masks: GrammarMasks | None = None) -> list[Sampled]:
     """One token for each row: logits [rows, vocabulary], of which row i has the first vocab_sizes[i] columns."""
     logits = logits.float()
     for row, size in enumerate(vocab_sizes):
@@ -40,8 +42,11 @@ def sample(logits: torch.Tensor, sequences: list[Sequence], vocab_sizes: list[in
     params = [sequence.request.params for sequence in sequences]
     raw = {i: logits[i].clone() for i, p in enumerate(params) if p.num_logprobs >= 0 and p.raw_logprobs}
     _penalize(logits, sequences)
+    failed = _mask(logits, sequences, masks)
     best_values, best = logits.max(-1)  # [rows]
     tokens, finite = best.tolist(), torch.isfinite(best_values).tolist()
+    for row in failed:
+        finite[row] = False
     warped: dict[int, torch.Tensor] = {}
     for row, (p, sequence) in enumerate(zip(params, sequences, strict=True)):
         if p.temperature > 0 and finite[row]:
@@ -62,6 +67,12 @@ def sample(logits: torch.Tensor, sequences: list[Sequence], vocab_sizes: list[in
             logprob = describe(source, tokens[row], p.num_logprobs)
         results.append(Sampled(tokens[row], logprob))
     return results
+
+
+def _mask(logits: torch.Tensor, sequences: list[Sequence], masks: GrammarMasks | None) -> Iterable[int]:
+    """Leave each row with a grammar the tokens that it allows, in place; the rows whose grammar failed."""
+    matchers = {row: sequence.matcher for row, sequence in enumerate(sequences) if sequence.matcher is not None}
+    return masks.apply(logits, matchers) if matchers and masks is not None else ()
 
 
 def describe(logprobs: torch.Tensor, token: int, num_top: int) -> Logprob:

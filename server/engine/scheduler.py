@@ -8,9 +8,12 @@ is computed again later; and adapters, pinned on the device while a sequence run
 import heapq
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from server.engine.chunk import Chunk, longest_chunk
+from server.engine.failures import cannot_be_pinned
+from server.engine.grammar import Matcher
 from server.engine.sequence import Sequence
 from server.errors import GenerationFailed
 from server.memory.blocks import BlockPool
@@ -19,16 +22,7 @@ from server.types import EngineRequest
 
 log = logging.getLogger(__name__)
 
-MAX_LOGPROBS_CHUNK = 256  # tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A sequence's share of a step: its next `num_tokens` tokens. `samples`: its last token is among them, so a new one is drawn."""
-
-    sequence: Sequence
-    num_tokens: int
-    samples: bool
+NOT_HERE = ("absent", "loading", "copying")  # states of an adapter whose arrival the tiers will tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +35,12 @@ class _Start:
 
 
 class Scheduler:
-    """Queued and running sequences. `schedule` and `complete` alternate; `add` and `remove` may come between."""
+    """Queued and running sequences. A step is `schedule`, `advance` for each chunk once it is launched, and `publish` once its tokens are
+    known, which may be after the next `schedule`; `add` and `remove` may come between."""
 
     # A sequence whose adapter finds no room on the device may be overtaken for so long; then no other adapter's sequence passes it.
     MAX_OVERTAKEN_S = 2.0
-    # How many waiting sequences are looked past in one step, so that a step's cost does not grow with the queue.
-    MAX_LOOKED_PAST = 64
+    MAX_LOOKED_PAST = 64  # waiting sequences that one step passes over, so that its cost does not grow with the queue
 
     def __init__(
         self,
@@ -59,14 +53,16 @@ class Scheduler:
         prefix_caching: bool = True,
         base_revision: str = "",
         vocab_size: Callable[[str], int] | None = None,
+        shares_memory: bool = False,
     ) -> None:
-        """`vocab_size(adapter hash, or "" for the base)` is the number of ids that its rows may hold; adapters' are asked when pinned."""
+        """`vocab_size(adapter hash, or "" for the base)`: how many ids its rows may hold; adapters' are asked when pinned.
+        `shares_memory`: adapters lie in the pool's blocks, so that an idle one can make room for tokens."""
         self.pool, self.tiers = pool, tiers
         self.max_batch_tokens, self.max_batch_size = max_batch_tokens, max_batch_size
         capacity = pool.num_blocks * pool.block_size
         self.max_sequence_len = min(max_sequence_len or capacity, capacity)
         self.prefix_caching, self.base_revision = prefix_caching, base_revision
-        self._vocab_size = vocab_size
+        self._vocab_size, self._shares_memory = vocab_size, shares_memory
         self.running: list[Sequence] = []
         self._waiting: list[tuple[int, Sequence]] = []  # a heap by order of arrival; removed sequences are skipped when they come up
         self._parked: dict[str, list[Sequence]] = {}  # adapter -> sequences that wait for it to be read
@@ -84,16 +80,16 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether `schedule` may have something to return."""
-        while self._waiting and not self._is_here(self._waiting[0][1]):
+        while self._waiting and not self.holds(self._waiting[0][1]):
             heapq.heappop(self._waiting)
         return bool(self.running or self._waiting or self._failed)
 
     @property
-    def request_ids(self) -> list[str]:
-        """All that are queued or running."""
-        return list(self._sequences)
+    def sequences(self) -> Mapping[str, Sequence]:
+        """All that are queued or running, by request id."""
+        return self._sequences
 
-    def add(self, request: EngineRequest) -> None:
+    def add(self, request: EngineRequest, matcher: Matcher | None = None) -> None:
         """Queue a request and start to bring its adapter. ValueError if it could never run; KeyError if its id is in use."""
         if request.request_id in self._sequences:
             raise KeyError(request.request_id)
@@ -106,7 +102,7 @@ class Scheduler:
             raise ValueError("token ids are whole numbers from 0")
         if request.adapter is None:
             self._check_vocabulary(request, "")
-        sequence = Sequence(request, self._next_order, self.base_revision)
+        sequence = Sequence(request, self._next_order, self.base_revision, matcher)
         self._next_order += 1
         self._sequences[request.request_id] = sequence
         if request.adapter is not None:
@@ -148,8 +144,8 @@ class Scheduler:
         budget = self.max_batch_tokens
         num_preemptions = self.num_preemptions
         for decoding in (True, False):
-            for sequence in [s for s in self.running if (s.num_pending == 1) == decoding]:
-                num_tokens = min(_longest_chunk(sequence), budget)
+            for sequence in [s for s in self.running if (s.num_pending == 1) == decoding and not s.is_ending]:
+                num_tokens = min(longest_chunk(sequence), budget)
                 # One that was preempted for another of this step holds no blocks any more, and waits.
                 if num_tokens > 0 and sequence.blocks and self._grow(sequence, num_tokens, scheduled):
                     chunks.append(Chunk(sequence, num_tokens, num_tokens == sequence.num_pending))
@@ -159,20 +155,19 @@ class Scheduler:
             self._admit(chunks, budget)
         return chunks
 
-    def complete(self, chunk: Chunk) -> None:
-        """The step has run: the chunk's tokens are in the cache, and full blocks can be found by others."""
-        sequence = chunk.sequence
-        sequence.num_computed += chunk.num_tokens
-        if not self.prefix_caching:
-            return
-        num_full = sequence.num_computed // self.pool.block_size
-        if num_full > sequence.num_published:
-            hashes = sequence.block_hashes(num_full, self.pool.block_size)
-            for index in range(sequence.num_published, num_full):
-                self.pool.publish(sequence.blocks[index], hashes[index])
-            sequence.num_published = num_full
+    def advance(self, chunk: Chunk) -> None:
+        """The chunk's step is launched: its tokens are in the cache for whatever is launched later."""
+        chunk.sequence.num_computed += chunk.num_tokens
+        if chunk.samples:
+            chunk.sequence.expect()
 
-    def _is_here(self, sequence: Sequence) -> bool:
+    def publish(self, sequence: Sequence) -> None:
+        """Let others find the blocks that are full of known tokens."""
+        if self.prefix_caching:
+            sequence.publish_to(self.pool)
+
+    def holds(self, sequence: Sequence) -> bool:
+        """Whether this very sequence is queued or running."""
         return self._sequences.get(sequence.request.request_id) is sequence
 
     def _check_vocabulary(self, request: EngineRequest, adapter_hash: str) -> None:
@@ -184,7 +179,7 @@ class Scheduler:
         self._failed.append((sequence, error))
 
     def _enqueue(self, sequence: Sequence) -> None:
-        if sequence.adapter_hash and self.tiers.state(sequence.adapter_hash) not in ("host", "device"):
+        if sequence.adapter_hash and self.tiers.state(sequence.adapter_hash) in NOT_HERE:
             self._parked.setdefault(sequence.adapter_hash, []).append(sequence)
         else:
             heapq.heappush(self._waiting, (sequence.order, sequence))
@@ -197,6 +192,8 @@ class Scheduler:
             if blocks is not None:
                 sequence.blocks += blocks
                 return True
+            if self._shares_memory and self.tiers.yield_room():
+                continue
             victim = max((s for s in self.running if s not in scheduled), key=lambda s: s.order)
             self._preempt(victim)
             if victim is sequence:
@@ -212,7 +209,10 @@ class Scheduler:
     def _stop_running(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self.pool.release(sequence.blocks)
-        sequence.blocks = []
+        sequence.blocks, sequence.table = [], None
+        self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
         if sequence.adapter_hash:
             self.tiers.release(sequence.adapter_hash)
 
@@ -220,12 +220,13 @@ class Scheduler:
         """Start waiting sequences in order of arrival. One whose adapter finds no room is passed by others, but not for ever."""
         passed: list[tuple[int, Sequence]] = []
         no_more_adapters = False
-        while self._waiting and budget > 0 and len(self.running) < self.max_batch_size and len(passed) < self.MAX_LOOKED_PAST:
+        num_rows = sum(not sequence.is_ending for sequence in self.running)
+        while self._waiting and budget > 0 and num_rows < self.max_batch_size and len(passed) < self.MAX_LOOKED_PAST:
             item = heapq.heappop(self._waiting)
             sequence = item[1]
-            if not self._is_here(sequence):
+            if not self.holds(sequence):
                 continue
-            if sequence.adapter_hash and no_more_adapters:
+            if sequence.num_unknown or (sequence.adapter_hash and no_more_adapters):
                 passed.append(item)
                 continue
             start = self._find_start(sequence, budget)
@@ -236,13 +237,19 @@ class Scheduler:
                 has_adapter = not sequence.adapter_hash or self._acquire(sequence)
             except Exception as error:
                 log.warning("request %s: its adapter cannot be used (%s)", sequence.request.request_id, error)
-                self._fail(sequence, error if isinstance(error, GenerationFailed) else GenerationFailed(_describe(error)))
+                self._fail(sequence, cannot_be_pinned(error))
                 continue
+            # The adapter may have taken blocks that `start` counts on.
+            if has_adapter and self._shares_memory and (start := self._find_start(sequence, budget)) is None:
+                self._release(sequence)
+                passed.append(item)
+                break
             if has_adapter:
                 self._start(sequence, start)
                 chunks.append(Chunk(sequence, start.num_tokens, start.num_tokens == sequence.num_pending))
                 budget -= start.num_tokens
-            elif self.tiers.state(sequence.adapter_hash) in ("absent", "loading"):  # it left the host while the sequence was out
+                num_rows += 1
+            elif self.tiers.state(sequence.adapter_hash) in NOT_HERE:  # it left while the sequence was out, or is just on its way
                 self._parked.setdefault(sequence.adapter_hash, []).append(sequence)
             else:
                 passed.append(item)
@@ -258,7 +265,7 @@ class Scheduler:
         try:
             self._check_vocabulary(sequence.request, sequence.adapter_hash)
         except ValueError as error:
-            self.tiers.release(sequence.adapter_hash)
+            self._release(sequence)
             raise GenerationFailed(str(error)) from None
         return True
 
@@ -270,11 +277,14 @@ class Scheduler:
             # The last token is always computed: its logits are what the step is for.
             reuse = self.pool.match(sequence.block_hashes((len(sequence.tokens) - 1) // size, size))
         num_computed = len(reuse) * size
-        num_tokens = min(len(sequence.tokens) - num_computed, _longest_chunk(sequence), budget)
+        num_tokens = min(len(sequence.tokens) - num_computed, longest_chunk(sequence), budget)
         num_blocks = -(-(num_computed + num_tokens) // size) - len(reuse)
         # Room for the next token of those who run, so that the newcomer does not push them out at once.
         reserve = len(self.running)
-        return _Start(reuse, num_tokens, num_blocks) if self.pool.can_allocate(num_blocks + reserve, reuse) else None
+        while not self.pool.can_allocate(num_blocks + reserve, reuse):
+            if not (self._shares_memory and self.tiers.yield_room(keep=sequence.adapter_hash)):
+                return None
+        return _Start(reuse, num_tokens, num_blocks)
 
     def _start(self, sequence: Sequence, start: _Start) -> None:
         blocks = self.pool.allocate(start.num_blocks, start.reuse)
@@ -288,12 +298,3 @@ class Scheduler:
             sequence.num_cached = sequence.num_computed
             self.num_cached_tokens += sequence.num_computed
         self.running.append(sequence)
-
-
-def _longest_chunk(sequence: Sequence) -> int:
-    """Prompt log probabilities need a row of the whole vocabulary for each token: a long chunk of them would hold up everybody else."""
-    return sequence.num_pending if sequence.prompt_logprobs is None else min(sequence.num_pending, MAX_LOGPROBS_CHUNK)
-
-
-def _describe(error: Exception) -> str:
-    return f"the adapter could not be put on the device ({type(error).__name__})"

@@ -2,9 +2,13 @@
 
 import time
 from collections import Counter
+from typing import Any
 
-from server.memory.blocks import chain_hash, root_hash
-from server.types import EngineRequest, Logprob
+from server.engine.grammar import Matcher
+from server.memory.blocks import BlockPool, chain_hash, root_hash
+from server.types import EngineRequest, Logprob, SamplingParams
+
+UNKNOWN = -1  # in place of a token that the device has drawn, or is about to draw, and the host has not read yet
 
 
 class Sequence:
@@ -15,9 +19,12 @@ class Sequence:
         "arrived_at",
         "blocks",
         "hashes",
+        "matcher",
+        "needs_host",
         "num_cached",
         "num_computed",
         "num_published",
+        "num_unknown",
         "order",
         "output_counts",
         "prompt_len",
@@ -26,10 +33,11 @@ class Sequence:
         "request",
         "seen",
         "started_at",
+        "table",
         "tokens",
     )
 
-    def __init__(self, request: EngineRequest, order: int, base_revision: str) -> None:
+    def __init__(self, request: EngineRequest, order: int, base_revision: str, matcher: Matcher | None = None) -> None:
         self.request = request
         self.order = order  # of arrival; a preempted sequence keeps it
         self.adapter_hash = "" if request.adapter is None else request.adapter.hash
@@ -37,7 +45,9 @@ class Sequence:
         self.prompt_len = len(self.tokens)
         self.num_computed = 0  # tokens whose keys and values are in `blocks`
         self.num_cached = 0  # prompt tokens that the prefix cache gave at the first admission
+        self.num_unknown = 0  # tokens at the end that are UNKNOWN yet
         self.blocks: list[int] = []
+        self.table: Any = None  # the runner's copy of `blocks` as an array; None once they are others
         self.hashes = [root_hash(base_revision, self.adapter_hash, request.cache_salt)]  # root, then one a full block
         self.num_published = 0
         self.arrived_at = time.monotonic()
@@ -45,6 +55,8 @@ class Sequence:
         self.refused_at: float | None = None  # since when its adapter finds no room on the device
         params = request.params
         self.prompt_logprobs: list[Logprob | None] | None = None if params.num_prompt_logprobs < 0 else [None] * self.prompt_len
+        self.matcher = matcher  # of a request with a grammar
+        self.needs_host = _needs_host(params)  # its next step needs what the last one brought, on the host
         # What penalties look at, kept as tokens come rather than counted anew each step.
         self.output_counts: Counter[int] = Counter()
         self.seen: dict[int, None] = dict.fromkeys(self.tokens) if params.repetition_penalty != 1.0 else {}  # prompt and output
@@ -59,12 +71,33 @@ class Sequence:
         """Tokens that wait to be computed: 1 while decoding, more while the prompt (or what preemption dropped) is read."""
         return len(self.tokens) - self.num_computed
 
-    def append(self, token: int) -> None:
-        """A generated token."""
-        self.tokens.append(token)
-        self.output_counts[token] += 1
-        if self.request.params.repetition_penalty != 1.0:
-            self.seen[token] = None
+    @property
+    def is_ending(self) -> bool:
+        """Whether the last token that it may have is drawn or being drawn."""
+        return self.num_outputs >= self.request.params.max_new_tokens
+
+    def expect(self) -> None:
+        """A token is being drawn."""
+        self.tokens.append(UNKNOWN)
+        self.num_unknown += 1
+
+    def learn(self, token: int) -> None:
+        """The first of the tokens that were being drawn."""
+        self.tokens[-self.num_unknown] = token
+        self.num_unknown -= 1
+        if self.needs_host:
+            self.output_counts[token] += 1
+            if self.request.params.repetition_penalty != 1.0:
+                self.seen[token] = None
+
+    def publish_to(self, pool: BlockPool) -> None:
+        """Name the blocks that are full of known tokens, so that others find them."""
+        num_full = min(self.num_computed, len(self.tokens) - self.num_unknown) // pool.block_size
+        if num_full > self.num_published:
+            hashes = self.block_hashes(num_full, pool.block_size)
+            for index in range(self.num_published, num_full):
+                pool.publish(self.blocks[index], hashes[index])
+            self.num_published = num_full
 
     def block_hashes(self, num_blocks: int, block_size: int) -> list[bytes]:
         """Hashes of the first `num_blocks` full blocks."""
@@ -72,3 +105,9 @@ class Sequence:
             start = (len(self.hashes) - 1) * block_size
             self.hashes.append(chain_hash(self.hashes[-1], self.tokens[start : start + block_size]))
         return self.hashes[1 : num_blocks + 1]
+
+
+def _needs_host(params: SamplingParams) -> bool:
+    """Whether more than the token must come back from a step before the next can be drawn, or be answered."""
+    penalties = params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty or params.logit_bias
+    return bool(penalties) or params.grammar is not None or params.num_logprobs >= 0 or params.num_prompt_logprobs >= 0

@@ -31,6 +31,7 @@ class BlockPool:
         self.block_size = block_size
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._references = [0] * num_blocks
+        self._is_free = bytearray(b"\x01" * num_blocks)  # the free list again, for allocate_run
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
 
@@ -71,14 +72,30 @@ class BlockPool:
         for block in reuse:
             if self._references[block] == 0:
                 del self._free[block]
+                self._is_free[block] = 0
             self._references[block] += 1
         taken = list(reuse)
         for _ in range(num_blocks):
             block, _ = self._free.popitem(last=False)
-            self._drop_hash(block)
-            self._references[block] = 1
+            self._take(block)
             taken.append(block)
         return taken
+
+    def allocate_run(self, num_blocks: int) -> int | None:
+        """The first of `num_blocks` blocks that lie side by side, with a reference each, for something else than tokens; None if there
+        is no such run. Taken from the end, since single blocks are taken from the beginning first."""
+        first = self._is_free.rfind(b"\x01" * num_blocks)
+        if first < 0:
+            return None
+        for block in range(first, first + num_blocks):
+            del self._free[block]
+            self._take(block)
+        return first
+
+    def _take(self, block: int) -> None:
+        self._drop_hash(block)
+        self._references[block] = 1
+        self._is_free[block] = 0
 
     def release(self, blocks: Sequence[int]) -> None:
         """Give a reference back for each. Tails are freed first, so that the beginnings of prefixes live longest."""
@@ -88,6 +105,7 @@ class BlockPool:
                 raise AssertionError(f"block {block} released more often than taken")
             if self._references[block] == 0:
                 self._free[block] = None
+                self._is_free[block] = 1
                 if self._hash_of[block] is None:
                     self._free.move_to_end(block, last=False)
 

@@ -33,6 +33,12 @@ class EvictionOrder:
         """It is in use again, or gone."""
         self._current.pop(key, None)
 
+    def peek(self) -> str | None:
+        """What `pop` would return."""
+        while self._heap and self._current.get(self._heap[0][2]) != self._heap[0][1]:
+            heapq.heappop(self._heap)
+        return self._heap[0][2] if self._heap else None
+
     def pop(self) -> str | None:
         """What to evict first, taken out of the order; None if there is nothing."""
         while self._heap:

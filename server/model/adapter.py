@@ -4,7 +4,10 @@ Owns the views into the one block of bytes that an adapter is. Reading runs in a
 (DoRA's gain is a function of its weights) and runs in the engine's thread.
 """
 
+import math
+from collections.abc import Container
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +20,11 @@ from server.model.overrides import with_parameters
 from server.types import AdapterRef, PackedAdapter, PackedSite, PackedTensor
 
 TORCH_DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _view(data: torch.Tensor, tensor: PackedTensor) -> torch.Tensor:
+    start = tensor.offset // data.dtype.itemsize
+    return data[start : start + math.prod(tensor.shape)].view(tensor.shape)
 
 
 def _is_tensor(value: object) -> bool:
@@ -71,6 +79,11 @@ class DeviceAdapter:
     embedding: EmbeddingDelta | None = None
     head_tokens: tuple[torch.Tensor, torch.Tensor] | None = None  # ids [n], rows [n, hidden]
     modules: dict[str, nn.Module] = field(default_factory=dict)  # module path -> what stands in for it
+    base: int = -1  # where its run of an arena begins, in elements of the arena's type
+    touched: int = 0  # bit g: it does something at group g
+    is_grouped: bool = False  # the decoder's part of it is in the run's descriptor, for kernels.grouped
+    blocks: range = range(0)  # of the arena
+    copied: torch.cuda.Event | None = None  # recorded behind the copy to the device
 
 
 def read_adapter(ref: AdapterRef, fingerprint: str, dtype: str) -> HostAdapter:
@@ -97,23 +110,23 @@ class AdapterPlacer:
 
     def place(self, host: HostAdapter) -> DeviceAdapter:
         """Copy the data (on a CPU it is used where it lies) and build the views."""
-        header, dtype = host.header, TORCH_DTYPE[host.header.dtype]
-        data = host.data.to(self._device, non_blocking=True).view(dtype)
+        adapter = DeviceAdapter(host.header.hash, host.bytes, host.header.vocab_size, [None] * self._num_groups)
+        data = host.data.to(self._device, non_blocking=True).view(TORCH_DTYPE[host.header.dtype])
+        self.fill(adapter, host.header, data)
+        made = {t.untyped_storage().data_ptr(): t for d in adapter.groups if d is not None for p in d.parts for t in p if _is_tensor(t)}
+        made.pop(data.untyped_storage().data_ptr(), None)
+        adapter.bytes += sum(tensor.nbytes for tensor in made.values())  # what gains and fused factors take beside the pack's data
+        return adapter
 
-        def view(tensor: PackedTensor) -> torch.Tensor:
-            size = 1
-            for dim in tensor.shape:
-                size *= dim
-            start = tensor.offset // dtype.itemsize
-            return data[start : start + size].view(tensor.shape)
-
-        adapter = DeviceAdapter(header.hash, host.bytes, header.vocab_size, [None] * self._num_groups)
+    def fill(self, adapter: DeviceAdapter, header: PackedAdapter, data: torch.Tensor, groups: Container[int] | None = None) -> None:
+        """Build the views of an adapter whose data [elements] is on the device; of its linear groups only those of `groups`."""
+        view = partial(_view, data)
         by_group: dict[int, list[tuple[PackedSite, str]]] = {}
         for packed in header.sites:
             site = self._layout.sites[packed.site]
             if site.kind == "embedding":
                 adapter.embedding = self._embedding(packed, site.name, view)
-            else:
+            elif groups is None or packed.group in groups:
                 by_group.setdefault(self._place_of[site.name][0].index, []).append((packed, site.name))
         for index, members in by_group.items():
             adapter.groups[index] = self._group(members, view)
@@ -130,10 +143,11 @@ class AdapterPlacer:
             else:
                 adapter.head_tokens = (ids, rows)
             adapter.bytes += rows.nbytes + ids.nbytes
-        made = {t.untyped_storage().data_ptr(): t for d in adapter.groups if d is not None for p in d.parts for t in p if _is_tensor(t)}
-        made.pop(data.untyped_storage().data_ptr(), None)
-        adapter.bytes += sum(tensor.nbytes for tensor in made.values())  # what gains and fused factors take beside the pack's data
-        return adapter
+
+    def part(self, packed: PackedSite, data: torch.Tensor) -> Part:
+        """What an adapter does to one linear site, as columns [0, out)."""
+        site = self._layout.sites[packed.site]
+        return self._part(packed, site.name, partial(_view, data), 0)._replace(stop=site.out_features)
 
     def _embedding(self, packed: PackedSite, name: str, view) -> EmbeddingDelta:
         if packed.weight is not None:

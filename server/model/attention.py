@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from server.model import operators  # noqa: F401 - defines torch.ops.manylora
+
 ATTENTION_NAME = "manylora_paged"
 
 
@@ -26,6 +28,10 @@ class AttentionShape:
     key_dim: int
     value_dim: int
     window: int | None  # positions a token sees, itself included; None: all
+    num_heads: int = 0
+    scale: float = 1.0
+    softcap: float | None = None
+    has_sinks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +42,7 @@ class SequenceSpan:
     num_tokens: int
     context_len: int  # tokens in the cache once this step's are written
     blocks: list[int]
+    table: np.ndarray | None = None  # int32: `blocks` again, where a backend wants them so
 
 
 @dataclass(slots=True)
@@ -90,22 +97,32 @@ class PagedAttention:
     """Paged keys and values of all layers, and SDPA over gathered pages."""
 
     name = "sdpa-gathered"
+    captures = False  # its plans make tensors of a step's sizes
     # A bucket of decode rows is padded to its longest context; a new one starts where less than this share of it would be used.
     MIN_FILL = 0.7
 
-    def __init__(self, shapes: list[AttentionShape], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.shapes, self.num_blocks, self.block_size = shapes, num_blocks, block_size
+    def __init__(self, shapes: list[AttentionShape], keys: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+        """keys and values: [blocks, block_size, kv_heads, dim] of each layer, as `allocate` or an arena gives them."""
+        self.shapes, self.keys, self.values = shapes, keys, values
         # One block more than sequences can have: it stays zero and is what shorter tables of a bucket are padded with. A position that
         # is masked out is still multiplied by nought, and another request's NaN times nought is NaN.
-        self.keys = [_zeros((num_blocks + 1, block_size, s.num_kv_heads, s.key_dim), dtype, device) for s in shapes]
-        self.values = [_zeros((num_blocks + 1, block_size, s.num_kv_heads, s.value_dim), dtype, device) for s in shapes]
+        self.num_blocks, self.block_size = keys[0].shape[0] - 1, keys[0].shape[1]
         self._fresh: list[int] = []
-        self._device = device
+        self._device = device = keys[0].device
         self._slots = torch.empty(0, dtype=torch.long, device=device)
         self._buckets: list[_DecodeBucket] = []
         self._prefills: list[_Prefill] = []
         # Gathered pages go to buffers that are kept: on a CPU, fresh memory's page faults cost ten times the copy.
         self._scratch: dict[str, torch.Tensor] = {}
+
+    @classmethod
+    def allocate(
+        cls, shapes: list[AttentionShape], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> "PagedAttention":
+        """With a cache of its own, each layer's by itself."""
+        keys = [_zeros((num_blocks + 1, block_size, s.num_kv_heads, s.key_dim), dtype, device) for s in shapes]
+        values = [_zeros((num_blocks + 1, block_size, s.num_kv_heads, s.value_dim), dtype, device) for s in shapes]
+        return cls(shapes, keys, values)
 
     @staticmethod
     def num_bytes(shapes: list[AttentionShape], block_size: int, dtype: torch.dtype) -> int:
@@ -169,8 +186,13 @@ class PagedAttention:
         for block in self._fresh:
             keys[block].zero_()
             values[block].zero_()
-        keys.view(-1, *keys.shape[2:]).index_copy_(0, self._slots, key)
-        values.view(-1, *values.shape[2:]).index_copy_(0, self._slots, value)
+        if keys.is_contiguous():
+            keys.view(-1, *keys.shape[2:]).index_copy_(0, self._slots, key)
+            values.view(-1, *values.shape[2:]).index_copy_(0, self._slots, value)
+        else:
+            place = (self._slots // self.block_size, self._slots % self.block_size)
+            keys.index_put_(place, key)
+            values.index_put_(place, value)
         out = query.new_empty(*query.shape[:2], values.shape[-1])  # [tokens, heads, value_dim]
         for bucket in self._buckets:
             k = self._gather("k", keys, bucket.tables, bucket.num_sequences)  # [n, len, kv_heads, dim]
@@ -232,6 +254,10 @@ def attend(
 
 def _attention(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **kwargs):
     """The function that transformers calls: query [1, heads, tokens, dim], key and value [1, kv_heads, tokens, dim]."""
+    key_of_seam = getattr(module, "manylora_key", None)
+    if key_of_seam is not None:
+        q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+        return torch.ops.manylora.attend(q, k, v, s_aux, key_of_seam)[None], None
     call = module.__dict__.get("manylora_attention")
     if call is None:
         raise RuntimeError(f"{type(module).__name__} was not prepared for paged attention")

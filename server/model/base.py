@@ -5,6 +5,8 @@ The three parts are split so that a step capture holds the decoder alone: embedd
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -13,14 +15,18 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from server.kernels.grouped import GroupShape
+from server.model import operators
 from server.model.adapter import AdapterPlacer, DeviceAdapter, HostAdapter
-from server.model.attention import PagedAttention
+from server.model.attention import AttentionShape, PagedAttention
+from server.model.flashinfer import FlashInferAttention
 from server.model.forward import ForwardState
-from server.model.linear import HeadGroup, SiteGroup
+from server.model.linear import HeadGroup, SiteGroup, TileDelta
 from server.model.overrides import EmbeddingSite, ReplacedModule
 from server.model.probe import Probe, describe_site, probe
 from server.types import BaseLayout, Module, Site
 
+Attention = PagedAttention | FlashInferAttention
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -73,6 +79,17 @@ def _check_windows(config, found: Probe) -> None:
             raise ValueError(f"'{config.model_type}' layer {layer}: attention of kind '{kind}' called with window {window}")
 
 
+class AttentionSeam:
+    """One attention layer, as operators.attend calls it."""
+
+    def __init__(self, base: "BaseModel", index: int, shape: AttentionShape) -> None:
+        self._base, self._index, self._shape = base, index, shape
+
+    def call(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+        """q [tokens, heads, key_dim], k and v [tokens, kv_heads, dim] -> [tokens, heads, value_dim]."""
+        return self._base.attention.run(self._index, q, k, v, self._shape.scale, self._shape.softcap, sinks)
+
+
 class BaseModel:
     """A causal language model of transformers, patched. ValueError where it is built in a way that the seams cannot serve."""
 
@@ -91,7 +108,8 @@ class BaseModel:
         self._attention_layers = found.attention
         self._axes = found.axes
         self._replaced: dict[str, ReplacedModule] = {}
-        self.attention: PagedAttention | None = None
+        self._replaces_apart = False
+        self.attention: Attention | None = None
         hashes = {name: _hash_weight(self._modules[name].weight) for name in self._tied_names()}
         self.groups, sites = self._patch(found)
         self._embedding = EmbeddingSite(self.embedding_module, self.state)
@@ -103,11 +121,64 @@ class BaseModel:
         """Each attention layer's shape, in order."""
         return [shape for _, shape in self._attention_layers]
 
+    @property
+    def placer(self) -> AdapterPlacer:
+        """What builds an adapter's views."""
+        return self._placer
+
+    @property
+    def group_shapes(self) -> list[GroupShape]:
+        """The decoder's groups as kernels.grouped knows them, by index."""
+        return [group.shape for group in self.groups if not isinstance(group, HeadGroup)]
+
     def attach_cache(self, num_blocks: int, block_size: int) -> None:
         """Allocate the keys' and values' blocks and connect every attention layer to them."""
-        self.attention = PagedAttention(self.attention_shapes, num_blocks, block_size, self.dtype, self.device)
+        self.attach_attention(PagedAttention.allocate(self.attention_shapes, num_blocks, block_size, self.dtype, self.device))
+
+    def attach_attention(self, attention: Attention) -> None:
+        """Connect every attention layer to keys and values that lie somewhere."""
+        self.attention = attention
         for index, (module, shape) in enumerate(self._attention_layers):
             module.__dict__["manylora_attention"] = partial(self._attend, index, shape.window)
+
+    def use_operators(self, add_tiles: TileDelta, *, compile_layers: bool) -> None:
+        """Run attention and the decoder's groups as opaque operators, and each decoder layer compiled by itself, if they are alike."""
+        for group in self.groups:
+            if not isinstance(group, HeadGroup):
+                group.use_operator(add_tiles)
+        self._seams = [AttentionSeam(self, index, shape) for index, (_, shape) in enumerate(self._attention_layers)]
+        for seam, (module, _) in zip(self._seams, self._attention_layers, strict=True):
+            module.manylora_key = operators.new_key(seam)
+        for replaced in self._replaced.values():
+            replaced.uninstall()
+        self._replaces_apart = True
+        for layer in self.layers if compile_layers else ():
+            layer.compile(dynamic=True)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder's layers: for each attention module the part of a ModuleList that it is in. Empty if they are not built so."""
+        found: dict[int, nn.Module] = {}
+        for module, _ in self._attention_layers:
+            path = self._names[id(module)].split(".")
+            for end in range(len(path), 0, -1):
+                if isinstance(self._modules.get(".".join(path[: end - 1])), nn.ModuleList):
+                    layer = self._modules[".".join(path[:end])]
+                    found[id(layer)] = layer
+                    break
+        return list(found.values())
+
+    @contextmanager
+    def replacements(self) -> Iterator[None]:
+        """While inside, modules that some adapter replaces look at whose rows they get, and nothing is compiled."""
+        for replaced in self._replaced.values() if self._replaces_apart else ():
+            replaced.install()
+        try:
+            with torch.compiler.set_stance("force_eager") if self._replaces_apart else nullcontext():
+                yield
+        finally:
+            for replaced in self._replaced.values() if self._replaces_apart else ():
+                replaced.uninstall()
 
     def _attend(self, layer: int, window: int | None, q, k, v, scale, softcap, sinks, told_window):
         if told_window != window:
@@ -139,6 +210,8 @@ class BaseModel:
         """From now on this module looks at whose rows it gets; until some adapter replaces it, it costs nothing."""
         if name not in self._replaced:
             self._replaced[name] = ReplacedModule(name, self._modules[name], self._axes[name], self.state)
+            if not self._replaces_apart:
+                self._replaced[name].install()
 
     def _patch(self, found: Probe) -> tuple[list[SiteGroup], list[Site]]:
         groups, sites = [], []

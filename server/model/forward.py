@@ -5,6 +5,8 @@ The runner sets it before the pass; the patched modules read it. One `ForwardSta
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from server.kernels.grouped import Tiles
+
 if TYPE_CHECKING:
     from server.model.adapter import DeviceAdapter
 
@@ -18,12 +20,17 @@ class Segment(NamedTuple):
 
 
 class ForwardState:
-    """The pass that runs now. `token_segments` part the rows of the flattened batch, `head_segments` those that reach the output head."""
+    """The pass that runs now. `token_segments` part the rows of the flattened batch, `head_segments` those that reach the output head.
+
+    With `tiles` the decoder's rows go by them instead, for kernels.grouped; embedding and head still go by segments."""
 
     def __init__(self) -> None:
+        self.tiles: Tiles | None = None
+        self.touched = -1  # bit g: some adapter of the tiles does something at group g
         self.token_segments: list[Segment] = []
         self.head_segments: list[Segment] = []
 
     def clear(self) -> None:
         """No adapters: the base alone."""
+        self.tiles, self.touched = None, -1
         self.token_segments = self.head_segments = []

@@ -5,13 +5,20 @@ what an adapter does at a group from DeviceAdapter.groups. Modules keep their pl
 the instance is replaced, so whatever linear a quantizer put there stays in use.
 """
 
+from collections.abc import Callable
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from server.kernels.grouped import GroupShape
 from server.kernels.lora import add_delta
+from server.model import operators
 from server.model.forward import ForwardState, Segment
 from server.model.product import Product
+
+TileDelta = Callable[[torch.Tensor, torch.Tensor, GroupShape], None]  # y [rows, sum of outs] in place, x [rows, in]
 
 
 class SiteGroup:
@@ -33,6 +40,8 @@ class SiteGroup:
         self._input: torch.Tensor | None = None
         self._result: torch.Tensor | None = None
         self.product = Product(modules, share_weight=share_weight)
+        self.key: torch.Tensor | None = None
+        self._add_tiles: TileDelta | None = None
         for position, module in enumerate(modules):
             module.forward = self._forward_of(position)
 
@@ -53,13 +62,37 @@ class SiteGroup:
 
         return forward
 
+    def use_operator(self, add_tiles: "TileDelta") -> None:
+        """From now on compute in one opaque operator, which compiled layers do not look into; `add_tiles` runs the kernels."""
+        self._add_tiles, self.key = add_tiles, operators.new_key(self)
+
+    @cached_property
+    def shape(self) -> GroupShape:
+        """The group as the kernels know it."""
+        return GroupShape(self.product.in_features, tuple(self.columns), self.index)
+
     def segments(self) -> list[Segment]:
         """The rows that this group's product has, by adapter."""
         return self.state.token_segments
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
         """The base's product with every row's delta: x [.., in] -> [.., sum of outs]."""
-        y = self.product(x)
+        if self.key is None:
+            return self._add_deltas(self.product(x), x)
+        if self.product.weight_of_all is None:
+            return torch.ops.manylora.add_delta(self.product(x), x, self.key)
+        return torch.ops.manylora.linear(x, self.product.weight_of_all, self.product.bias_of_all, self.key)
+
+    def call(self, first: torch.Tensor, second: torch.Tensor, *bias: torch.Tensor | None) -> torch.Tensor:
+        """What the operators mean: linear(x, weight, bias) and add_delta(y, x)."""
+        x, y = (first, F.linear(first, second, *bias)) if bias else (second, first.clone())
+        if self.state.tiles is not None:
+            if self.state.touched >> self.index & 1:
+                self._add_tiles(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self.shape)
+            return y
+        return self._add_deltas(y, x)
+
+    def _add_deltas(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         segments = self.segments()
         if segments:
             flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])

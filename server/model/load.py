@@ -28,6 +28,7 @@ def load_base(model_dir: Path, dtype: torch.dtype, device: torch.device, *, allo
             f"architecture '{config.model_type}' is not verified; --allow-unverified-architecture tries it. "
             f"Verified: {', '.join(sorted(VERIFIED))}"
         )
+    # With a device map each tensor goes from the mapped file straight to the GPU: a g6.xlarge has no room for a copy of the model.
     model = AutoModelForCausalLM.from_pretrained(
         model_dir,
         config=config,
@@ -36,8 +37,9 @@ def load_base(model_dir: Path, dtype: torch.dtype, device: torch.device, *, allo
         use_safetensors=True,
         local_files_only=True,
         trust_remote_code=False,
+        **({} if device.type == "cpu" else {"device_map": {"": device}}),
     )
-    return BaseModel(model.to(device), revision=base_revision(model_dir))
+    return BaseModel(model, revision=base_revision(model_dir))
 
 
 def base_revision(model_dir: Path) -> str:

@@ -51,8 +51,15 @@ class ReplacedModule:
 
     def __init__(self, name: str, module: nn.Module, axis: int, state: ForwardState) -> None:
         self.name, self.axis, self.state = name, axis, state
-        self._base = module.forward
-        module.forward = self.forward
+        self._module, self._base = module, module.forward
+
+    def install(self) -> None:
+        """Take the module's place."""
+        self._module.forward = self.forward
+
+    def uninstall(self) -> None:
+        """Give the module its place back: compiled layers have seen it there, and would be compiled anew otherwise."""
+        self._module.__dict__.pop("forward", None)
 
     def forward(self, *args, **kwargs):
         """As the base's, with the rows of adapters that replace this module computed again by their own."""

@@ -70,7 +70,8 @@ def probe(model: nn.Module, decoder: nn.Module, embedding: nn.Module, head: nn.M
 
     def attention_of(module: nn.Module):
         def call(q, k, v, scale, softcap, sinks, window):
-            found.attention.append((module, AttentionShape(k.shape[1], k.shape[2], v.shape[2], window)))
+            shape = AttentionShape(k.shape[1], k.shape[2], v.shape[2], window, q.shape[1], float(scale), softcap, sinks is not None)
+            found.attention.append((module, shape))
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1).transpose(0, 1) for t in (k, v))
             position = torch.arange(len(q), device=q.device)
             seen = position <= position[:, None]

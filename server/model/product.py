@@ -28,6 +28,10 @@ class Product:
         ValueError if several modules are given that are not plain linears."""
         self._modules = modules
         self._blocked: torch.Tensor | None = None
+        # The plain weight of all [sum of outs, in] and their bias; None where something else than F.linear of them computes.
+        self.weight_of_all: torch.Tensor | None = None
+        self.bias_of_all: torch.Tensor | None = None
+        self.in_features = modules[0].weight.shape[0] if isinstance(modules[0], Conv1D) else modules[0].in_features
         if any(type(module) not in _PLAIN for module in modules):
             if len(modules) > 1:
                 raise ValueError("only plain linears can be one product")
@@ -43,6 +47,7 @@ class Product:
         elif len(modules) > 1:
             self._use_shared(torch.cat(weights), bias)
         else:
+            self.weight_of_all, self.bias_of_all = weights[0], bias
             self._compute = modules[0].forward
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -61,6 +66,7 @@ class Product:
             module.weight.data = weight[rows]
             if bias is not None:
                 module.bias.data = bias[rows]
+        self.weight_of_all, self.bias_of_all = weight, bias
         self._compute = lambda x: F.linear(x, weight, bias)
 
     def _use_blocked(self, weight: torch.Tensor, bias: torch.Tensor | None, share_weight: bool) -> None:

@@ -139,14 +139,14 @@ def test_what_fails_in_a_step_fails_alone(folders, tmp_path):
     wanted = requests([None, pack(folders / "one", base.layout, tmp_path / "1")], num=6)
     healthy = run(core, wanted)
     core, _ = engine()
-    execute = core.runner.execute
+    launch = core.runner.launch
 
-    def faulty(chunks):
+    def faulty(chunks, before=None):
         if any(chunk.sequence.request.request_id == "3" for chunk in chunks) and core.num_steps > 3:
             raise RuntimeError("a fault in one request's arithmetic")
-        return execute(chunks)
+        return launch(chunks, before)
 
-    core.runner.execute = faulty
+    core.runner.launch = faulty
     for request in wanted:
         core.add(request)
     outputs = run_until_idle(core)
@@ -213,7 +213,7 @@ def test_dora_holds_what_is_counted(tmp_path):
 
 def test_a_lost_device_ends_the_engine_not_every_request_one_by_one(folders):
     core, _ = engine()
-    core.runner.execute = lambda chunks: (_ for _ in ()).throw(torch.AcceleratorError("CUDA error: an illegal memory access"))
+    core.runner.launch = lambda *_: (_ for _ in ()).throw(torch.AcceleratorError("CUDA error: an illegal memory access"))
     core.add(EngineRequest("a", prompt(0), SamplingParams(max_new_tokens=2)))
     with pytest.raises(torch.AcceleratorError):
         core.step()

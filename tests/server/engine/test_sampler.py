@@ -15,7 +15,8 @@ VOCAB = 600
 def row(prompt=(1, 2, 3), outputs=(), **params):
     sequence = Sequence(EngineRequest("r", list(prompt), SamplingParams(max_new_tokens=100, **params)), 0, "base")
     for token in outputs:
-        sequence.append(token)
+        sequence.expect()
+        sequence.learn(token)
     return sequence
 
 

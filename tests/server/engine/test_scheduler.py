@@ -8,14 +8,14 @@ import pytest
 
 from server.engine.scheduler import Scheduler
 from server.memory.blocks import BlockPool
+from server.memory.tier import Carrier
 from server.memory.tiers import AdapterTiers
 from server.types import AdapterRef, EngineRequest, SamplingParams
 
 
 def make(num_blocks=16, max_batch_tokens=8, max_batch_size=4, device_bytes=100, read=None, **options):
-    tiers = AdapterTiers(
-        read or (lambda ref: SimpleNamespace(bytes=int(ref.path))), lambda host: host, host_bytes=10**6, device_bytes=device_bytes
-    )
+    carrier = Carrier(read or (lambda ref: SimpleNamespace(bytes=int(ref.path))), lambda host: host)
+    tiers = AdapterTiers(carrier, host_bytes=10**6, device_bytes=device_bytes)
     pool = BlockPool(num_blocks, 4)
     return Scheduler(pool, tiers, max_batch_tokens=max_batch_tokens, max_batch_size=max_batch_size, **options)
 
@@ -31,13 +31,14 @@ def step(scheduler, finished=None):
     scheduler.collect_failed()
     chunks = scheduler.schedule()
     for chunk in chunks:
-        scheduler.complete(chunk)
+        scheduler.advance(chunk)
         if chunk.samples:
-            chunk.sequence.append(1)
-            if chunk.sequence.num_outputs >= chunk.sequence.request.params.max_new_tokens:
-                scheduler.remove(chunk.sequence.request.request_id)
-                if finished is not None:
-                    finished.append(chunk.sequence)
+            chunk.sequence.learn(1)
+        scheduler.publish(chunk.sequence)
+        if chunk.samples and chunk.sequence.num_outputs >= chunk.sequence.request.params.max_new_tokens:
+            scheduler.remove(chunk.sequence.request.request_id)
+            if finished is not None:
+                finished.append(chunk.sequence)
     return {chunk.sequence.request.request_id: chunk.num_tokens for chunk in chunks}
 
 
@@ -195,7 +196,7 @@ def test_an_adapter_that_cannot_be_placed_fails_its_own_sequence():
     def place(host):
         raise MemoryError("device")
 
-    scheduler.tiers._place = place
+    scheduler.tiers._carrier.place = place
     scheduler.add(request("a", adapter="x"))
     scheduler.add(request("b"))
     ran, deadline = {}, time.monotonic() + 5
@@ -230,9 +231,9 @@ def test_a_sequence_of_this_step_is_never_preempted_for_another():
         for chunk in chunks:
             assert len(chunk.sequence.blocks) * 4 >= chunk.sequence.num_computed + chunk.num_tokens
         for chunk in chunks:
-            scheduler.complete(chunk)
+            scheduler.advance(chunk)
             if chunk.samples:
-                chunk.sequence.append(1)
+                chunk.sequence.learn(1)
                 if chunk.sequence.num_outputs >= chunk.sequence.request.params.max_new_tokens:
                     scheduler.remove(chunk.sequence.request.request_id)
                     finished.append(chunk.sequence)

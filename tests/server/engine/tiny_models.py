@@ -1,5 +1,6 @@
 """A tiny random model of every architecture that is served, and what plain eager Hugging Face says about it."""
 
+import json
 import os
 
 import torch
@@ -95,7 +96,8 @@ def make_engine(model: torch.nn.Module, **changes) -> tuple[EngineCore, BaseMode
     """The engine around a model that was made with attention=ATTENTION_NAME."""
     options = dict(model_dir="", block_size=4, num_blocks=64, max_batch_tokens=16, max_batch_size=8, max_sequence_len=64)
     base = BaseModel(model)
-    options.update(adapter_device_bytes=1 << 28, adapter_host_bytes=1 << 28)
+    # MANYLORA_TEST_ENGINE: options of every engine in these tests as JSON, such as {"kernels": "triton"} under TRITON_INTERPRET=1
+    options.update(adapter_device_bytes=1 << 24, adapter_host_bytes=1 << 28, **json.loads(os.environ.get("MANYLORA_TEST_ENGINE", "{}")))
     return assemble(base, EngineOptions(**{**options, **changes})), base
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from server.errors import AdapterRefused
+from server.memory.tier import Carrier
 from server.memory.tiers import AdapterTiers
 from server.types import AdapterRef
 
@@ -22,7 +23,7 @@ def make_tiers(host=100, device=50, read=None, events=None):
             events.append((adapter_hash, state))
         sizes[adapter_hash] = state
 
-    return AdapterTiers(read or default_read, lambda host_adapter: host_adapter, host, device, note)
+    return AdapterTiers(Carrier(read or default_read, lambda host_adapter: host_adapter), host, device, note)
 
 
 def ref(name, size=10):
@@ -219,3 +220,94 @@ def test_a_step_does_not_get_slower_with_thousands_of_adapters():
         tiers.release(name)
     assert tiers.device.count == 100
     assert len(tiers.device.idle._heap) <= 2 * 100 + 65  # an eviction looks at its top, not at all adapters
+
+
+class SlowCopies(Carrier):
+    """A device on which a copy is whole when the test says so; it has room for `room` adapters, whatever the budget says."""
+
+    places_early = True
+
+    def __init__(self, room=10):
+        super().__init__(lambda ref: SimpleNamespace(bytes=int(ref.path), hash=ref.hash), self._place)
+        self.room, self.whole, self.placed, self.left = room, set(), [], []
+
+    def _place(self, host):
+        if self.room == 0:
+            return None
+        self.room -= 1
+        self.placed.append(host.hash)
+        return SimpleNamespace(bytes=host.bytes, hash=host.hash)
+
+    def is_whole(self, device):
+        return device.hash in self.whole
+
+    def leave_host(self, host):
+        self.left.append(("host", host.hash))
+
+    def leave_device(self, device):
+        self.room += 1
+        self.left.append(("device", device.hash))
+
+
+def until_read(tiers, count=1):
+    """Poll until `count` reads are through."""
+    arrived, deadline = [], time.monotonic() + 5
+    while time.monotonic() < deadline and tiers.host.count < count:
+        arrived += tiers.poll()[0]
+        time.sleep(0.001)
+    return arrived + tiers.poll()[0]
+
+
+def test_a_copy_starts_when_the_adapter_is_read_and_arrives_when_it_is_whole():
+    carrier = SlowCopies()
+    tiers = AdapterTiers(carrier, 100, 50)
+    tiers.want(ref("a"))
+    assert until_read(tiers) == [] and carrier.placed == ["a"] and tiers.state("a") == "copying"
+    assert not tiers.acquire("a") and not tiers.has_news
+    carrier.whole.add("a")
+    assert tiers.has_news and tiers.poll()[0] == ["a"] and tiers.state("a") == "device"
+    assert tiers.acquire("a") and not tiers.yield_room()
+    tiers.release("a")
+    assert tiers.yield_room() and carrier.left == [("device", "a")] and tiers.state("a") == "host"
+
+
+def test_a_copy_ahead_pushes_out_nothing_that_is_wanted():
+    carrier = SlowCopies()
+    carrier.whole = {"a", "b", "c"}
+    tiers = AdapterTiers(carrier, 100, 20)
+    for name in "ab":
+        tiers.want(ref(name))
+    assert sorted(until_read(tiers, 2)) == ["a", "b"]
+    tiers.want(ref("c"))
+    assert until_read(tiers, 3) == ["c"] and tiers.state("c") == "host"  # read, and no room that nobody wants
+    tiers.unwant("a")
+    assert tiers.acquire("c") and sorted(tiers.state(name) for name in "abc") == ["device", "device", "host"]
+
+
+def test_a_carrier_without_room_makes_idle_adapters_leave():
+    carrier = SlowCopies(room=1)
+    carrier.whole = {"a", "b"}
+    tiers = AdapterTiers(carrier, 100, 50)
+    tiers.want(ref("a"))
+    until_read(tiers)
+    assert tiers.acquire("a")
+    tiers.want(ref("b"))
+    until_read(tiers, 2)
+    assert tiers.state("b") == "host" and not tiers.acquire("b")
+    tiers.release("a")
+    assert tiers.acquire("b") and tiers.state("a") == "host"
+
+
+@pytest.mark.parametrize("forget", [False, True])
+def test_an_adapter_that_nobody_wants_any_more_keeps_its_memory_until_the_copy_is_done(forget):
+    carrier = SlowCopies()
+    tiers = AdapterTiers(carrier, 5, 50)  # a host tier that is full at once
+    tiers.want(ref("a"))
+    until_read(tiers)
+    tiers.unwant("a")
+    if forget:
+        tiers.forget("a")
+    assert tiers.state("a") == "copying" and carrier.left == []
+    carrier.whole.add("a")
+    tiers.poll()
+    assert ("host", "a") in carrier.left and tiers.state("a") == ("absent" if forget else "device")

@@ -1,0 +1,135 @@
+"""What the device is run with, and how its memory is divided: every "auto" of EngineOptions that is not the model's, resolved once.
+
+Owns the choice between the plain path (torch alone: the CPU's) and the GPU's (arena, Triton, FlashInfer, compiled layers, graphs).
+"""
+
+import importlib.util
+import logging
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from server.engine.tiling import Tiling
+from server.memory.arena import Arena
+from server.model.attention import PagedAttention
+from server.model.base import BaseModel
+from server.model.flashinfer import FlashInferAttention, why_not
+from server.types import EngineOptions
+
+log = logging.getLogger(__name__)
+
+GRAPH_BYTES = 1 << 30  # what the captured steps of a 7B model take, and some room
+SPARE_BYTES = 768 << 20  # attention's workspaces, cuBLAS's, fragments
+
+
+@dataclass(frozen=True, slots=True)
+class Backends:
+    """What was chosen."""
+
+    kernels: str
+    attention: str
+    compile_layers: bool
+    cuda_graphs: bool
+    overlap: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """How the memory is divided."""
+
+    num_blocks: int
+    block_elements: int  # of one KV block, padded to the arena's alignment
+    adapter_device_bytes: int
+    adapter_host_bytes: int
+
+
+def choose_backends(base: BaseModel, options: EngineOptions) -> Backends:
+    """Resolve the options for this model on this device. ValueError names what was asked for and cannot be had."""
+    on_gpu = base.device.type == "cuda"
+    kernels = options.kernels if options.kernels != "auto" else "triton" if on_gpu and importlib.util.find_spec("triton") else "torch"
+    reason = why_not(base.attention_shapes, base.dtype, base.device) if kernels == "triton" else "it needs the arena of kernels 'triton'"
+    if options.attention == "flashinfer" and reason is not None:
+        raise ValueError(f"attention 'flashinfer' cannot be used: {reason}")
+    flashinfer = reason is None and options.attention != "sdpa"
+    if on_gpu and not flashinfer:
+        log.warning("attention is torch's own over gathered pages, which cannot be captured: %s", reason or "asked for")
+    compiled = on_gpu and kernels == "triton" if options.compile_layers is None else options.compile_layers
+    if compiled and kernels != "triton":
+        raise ValueError("compile_layers needs kernels 'triton': what is compiled calls them as operators")
+    if compiled and not base.layers:
+        log.warning("the decoder's layers are not in a ModuleList; they are not compiled")
+        compiled = False
+    graphs = flashinfer if options.cuda_graphs is None else options.cuda_graphs
+    if graphs and not flashinfer:
+        raise ValueError(f"cuda_graphs need attention 'flashinfer', which cannot be used: {reason or 'asked for sdpa'}")
+    overlap = on_gpu if options.overlap is None else options.overlap
+    return Backends(kernels, "flashinfer" if flashinfer else "sdpa", compiled, graphs, overlap)
+
+
+def divide(base: BaseModel, options: EngineOptions, backends: Backends) -> Memory:
+    """Bytes for KV blocks and adapters, on the device and the host."""
+    block_bytes = PagedAttention.num_bytes(base.attention_shapes, options.block_size, base.dtype)
+    block_bytes = -(-block_bytes // Arena.ALIGNMENT) * Arena.ALIGNMENT
+    free = free_bytes(base.device)
+    host_bytes = options.adapter_host_bytes or psutil.virtual_memory().available // 4
+    block_elements = block_bytes // base.dtype.itemsize
+    # What all sequences of a full batch could use at most.
+    useful = options.max_batch_size * -(-options.max_sequence_len // options.block_size)
+    if backends.kernels == "torch":
+        blocks = _asked_blocks(options, block_bytes) or max(1, min(useful, free // 4 // block_bytes))
+        return Memory(blocks, block_elements, options.adapter_device_bytes or (free - blocks * block_bytes) // 3, host_bytes)
+    if base.device.type == "cuda":
+        free -= SPARE_BYTES + _activation_bytes(base, options) + (GRAPH_BYTES if backends.cuda_graphs else 0)
+    else:
+        free //= 4
+    asked = _asked_blocks(options, block_bytes)
+    if asked is None:
+        # A sequence of the greatest length must fit beside whatever adapters there are, or it would wait for ever.
+        for_adapters = free - -(-options.max_sequence_len // options.block_size) * block_bytes
+        adapter_bytes = min(options.adapter_device_bytes or free // 2, for_adapters)
+        return Memory(max(1, free // block_bytes), block_elements, max(0, adapter_bytes), host_bytes)
+    # Both share the arena; so many blocks for tokens, and so many bytes for adapters beside them.
+    adapter_bytes = options.adapter_device_bytes or max(block_bytes, (free - asked * block_bytes) // 2)
+    return Memory(asked + -(-adapter_bytes // block_bytes), block_elements, adapter_bytes, host_bytes)
+
+
+def use_arena(base: BaseModel, options: EngineOptions, backends: Backends, memory: Memory) -> tuple[Arena, Tiling]:
+    """Allocate the arena, and connect the model's attention and groups to it."""
+    arena = Arena(memory.num_blocks, memory.block_elements, base.dtype, base.device)
+    keys, values, offset = [], [], 0
+    for shape in base.attention_shapes:
+        for pages, dim in ((keys, shape.key_dim), (values, shape.value_dim)):
+            pages.append(arena.pages(offset, (options.block_size, shape.num_kv_heads, dim)))
+            offset += options.block_size * shape.num_kv_heads * dim
+    if backends.attention == "flashinfer":
+        max_pages = options.max_batch_size * (-(-options.max_sequence_len // options.block_size) + 1)  # of a decode step
+        base.attach_attention(FlashInferAttention(base.attention_shapes, keys, values, options.block_size, max_pages))
+    else:
+        base.attach_attention(PagedAttention(base.attention_shapes, keys, values))
+    tiling = Tiling(base.state, arena.data, options.max_batch_tokens)
+    base.use_operators(tiling.add, compile_layers=backends.compile_layers)
+    return arena, tiling
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be taken on the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading left behind is free too
+    return psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+
+
+def _asked_blocks(options: EngineOptions, block_bytes: int) -> int | None:
+    if options.num_blocks is not None:
+        return options.num_blocks
+    return None if options.kv_cache_bytes is None else options.kv_cache_bytes // block_bytes
+
+
+def _activation_bytes(base: BaseModel, options: EngineOptions) -> int:
+    """What a step of `max_batch_tokens` needs beside weights and cache: the widest group's product and what is made of it, some hidden
+    states, the LoRA kernels' scratch, and the logits of a full batch with their copy in float32 and their sorted one."""
+    widest = max(shape.out_features for shape in base.group_shapes)
+    hidden = base.layout.hidden_size
+    rows = options.max_batch_tokens * (2 * widest + 8 * hidden) * base.dtype.itemsize
+    logits = options.max_batch_size * base.layout.vocab_size * (base.dtype.itemsize + 4 * 6)
+    return int(1.2 * (rows + logits)) + options.max_batch_tokens * 512 * 4 * 4

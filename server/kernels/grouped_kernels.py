@@ -1,0 +1,265 @@
+"""Triton kernels for grouped.py's meaning, one launch each for a whole group: shrink (h = x A^T), expand (y = gain y + scale h B + bias).
+
+Decode is bytes, not arithmetic: only live ranks are read, each once a tile, and rows of the base cost nothing. K is cut into `split_k`
+parts whose partial sums are planes of a scratch that expand adds up as it loads: no zeroing, no atomics, the same bits every time. The
+grid follows from the buffers' capacity alone and every program walks the live tiles: a captured graph may be replayed with any tiles.
+Needs Triton: import it where there is a GPU (or Triton's interpreter). Called by model/ for every group; grouped.py says what it computes.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from server.kernels.grouped import DESC_WIDTH, MAX_SITES, SITE_WIDTH, GroupShape, Tiles
+from server.kernels.launch import Choice
+
+_DESC_WIDTH, _SITE_WIDTH = tl.constexpr(DESC_WIDTH), tl.constexpr(SITE_WIDTH)
+_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+@triton.jit
+def _place(arena, base, offset, ALIGNED: tl.constexpr):
+    """Where a factor lies; where all offsets are multiples of 8, the compiler is told so and loads vectors."""
+    at = base + offset
+    if ALIGNED:
+        at = tl.multiple_of(at, 8)
+    return arena + at
+
+
+@triton.jit(do_not_specialize=["group", "num_tiles", "num_rows"])
+def _shrink(
+    x, arena, planes, tile_base, tile_start, tile_len, row_ids, group, num_tiles, num_rows, x_stride,
+    K: tl.constexpr, RANK_CAP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    DOT: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """planes[s, position, r] = sum over part s of K of x[row_ids[position]] . A[r], for the live positions and ranks alone."""
+    PART: tl.constexpr = (K + SPLIT * BLOCK_K - 1) // (SPLIT * BLOCK_K) * BLOCK_K
+    EVEN: tl.constexpr = PART * SPLIT == K
+    if PDL:  # expand may start now and read what does not come from here; this kernel reads and writes only after its predecessor
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    item = tl.program_id(0)
+    base = tl.load(tile_base + item // SPLIT)
+    while base >= 0:
+        tile, part = item // SPLIT, item % SPLIT
+        desc = (arena + base).to(tl.pointer_type(tl.int64), bitcast=True) + group * _DESC_WIDTH
+        a = _place(arena, base, tl.load(desc), ALIGNED)
+        num_ranks = tl.load(desc + 1).to(tl.int32)
+        m = tl.arange(0, BLOCK_M)
+        live = m < tl.load(tile_len + tile)
+        positions = tl.load(tile_start + tile) + m
+        rows = tl.load(row_ids + positions, mask=live, other=0).to(tl.int64)
+        for r0 in range(0, num_ranks, BLOCK_R):
+            r = r0 + tl.arange(0, BLOCK_R)
+            acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+            for k0 in range(0, PART, BLOCK_K):
+                k = part * PART + k0 + tl.arange(0, BLOCK_K)
+                x_mask, a_mask = live[:, None], (r < num_ranks)[:, None]
+                if not EVEN:
+                    x_mask, a_mask = x_mask & (k < K)[None, :], a_mask & (k < K)[None, :]
+                x_tile = tl.load(x + rows[:, None] * x_stride + k[None, :], mask=x_mask, other=0.0)
+                a_tile = tl.load(a + r.to(tl.int64)[:, None] * K + k[None, :], mask=a_mask, other=0.0)
+                acc = tl.dot(x_tile.to(DOT), tl.trans(a_tile.to(DOT)), acc, input_precision="ieee")
+            at = (part.to(tl.int64) * num_rows + positions[:, None]) * RANK_CAP + r[None, :]
+            tl.store(planes + at, acc, mask=live[:, None] & (r < num_ranks)[None, :])
+        item += tl.num_programs(0)
+        base = tl.load(tile_base + item // SPLIT, mask=item < num_tiles * SPLIT, other=-1)
+
+
+@triton.jit
+def _sum_planes(planes, positions, r, mask, num_rows, RANK_CAP: tl.constexpr, SPLIT: tl.constexpr):
+    """h [BLOCK_M, BLOCK_R] in float32; the planes are added in their order."""
+    at = planes + positions.to(tl.int64)[:, None] * RANK_CAP + r[None, :]
+    h = tl.load(at, mask=mask, other=0.0)
+    for s in tl.static_range(1, SPLIT):
+        h += tl.load(at + s * num_rows.to(tl.int64) * RANK_CAP, mask=mask, other=0.0)
+    return h
+
+
+@triton.jit
+def _site_of(block, C1: tl.constexpr, C2: tl.constexpr, C3: tl.constexpr, C4: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr):
+    """(site, its first column, its last + 1, block within it) of a block of columns; a block never straddles sites."""
+    B1: tl.constexpr = (C1 + BLOCK_N - 1) // BLOCK_N
+    B2: tl.constexpr = B1 + (C2 - C1 + BLOCK_N - 1) // BLOCK_N
+    B3: tl.constexpr = B2 + (C3 - C2 + BLOCK_N - 1) // BLOCK_N
+    # In units of 8 columns where that is possible: the compiler then knows the alignment of what follows.
+    UNIT: tl.constexpr = 8 if ALIGNED else 1
+    in2, in3, in4 = block >= B1, block >= B2, block >= B3
+    site = in2.to(tl.int32) + in3.to(tl.int32) + in4.to(tl.int32)
+    first = tl.where(in4, B3, tl.where(in3, B2, tl.where(in2, B1, 0)))
+    start = tl.where(in4, C3 // UNIT, tl.where(in3, C2 // UNIT, tl.where(in2, C1 // UNIT, 0)))
+    stop = tl.where(in4, C4 // UNIT, tl.where(in3, C3 // UNIT, tl.where(in2, C2 // UNIT, C1 // UNIT)))
+    return site, start * UNIT, stop * UNIT, block - first
+
+
+@triton.jit
+def _expand_tile(
+    y, arena, planes, tile, base, entry, row_ids, tile_start, tile_len, num_rows, y_stride, start, out, block,
+    RANK_CAP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    DOT: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One block of columns of one site, for the rows of one tile."""
+    r_start, r_stop = tl.load(entry).to(tl.int32), tl.load(entry + 1).to(tl.int32)
+    b = _place(arena, base, tl.load(entry + 2), ALIGNED)
+    scale = tl.load(entry + 3).to(tl.int32).to(tl.float32, bitcast=True)
+    gain, bias = tl.load(entry + 4), tl.load(entry + 5)
+    if (r_stop > r_start) | (gain >= 0) | (bias >= 0):
+        m, n = tl.arange(0, BLOCK_M), block * BLOCK_N + tl.arange(0, BLOCK_N)
+        live, inside = m < tl.load(tile_len + tile), n < out
+        positions = tl.load(tile_start + tile) + m
+        rows = tl.load(row_ids + positions, mask=live, other=0).to(tl.int64)
+        # The first block of B is asked for before the shrink may have ended: it is the longest wait.
+        rank = r_stop - r_start
+        r = tl.arange(0, BLOCK_R)
+        b_at = b + r.to(tl.int64)[:, None] * out + n[None, :]
+        b_tile = tl.load(b_at, mask=(r < rank)[:, None] & inside[None, :], other=0.0)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        y_at = y + rows[:, None] * y_stride + start + n[None, :]
+        y_mask = live[:, None] & inside[None, :]
+        old = tl.load(y_at, mask=y_mask, other=0.0)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for r0 in range(0, rank, BLOCK_R):
+            h_mask = live[:, None] & (r0 + r < rank)[None, :]
+            h = _sum_planes(planes, positions, r_start + r0 + r, h_mask, num_rows, RANK_CAP, SPLIT)
+            acc = tl.dot(h.to(arena.dtype.element_ty).to(DOT), b_tile.to(DOT), acc, input_precision="ieee")
+            b_at += BLOCK_R * out.to(tl.int64)
+            b_tile = tl.load(b_at, mask=(r0 + BLOCK_R + r < rank)[:, None] & inside[None, :], other=0.0)
+        new = old.to(tl.float32)
+        if gain >= 0:
+            new *= tl.load(_place(arena, base, gain, ALIGNED) + n, mask=inside, other=0.0).to(tl.float32)[None, :]
+        new += scale * acc
+        if bias >= 0:
+            new += tl.load(_place(arena, base, bias, ALIGNED) + n, mask=inside, other=0.0).to(tl.float32)[None, :]
+        tl.store(y_at, new.to(y.dtype.element_ty), mask=y_mask)
+
+
+@triton.jit(do_not_specialize=["group", "num_tiles", "num_rows"])
+def _expand(
+    y, arena, planes, tile_base, tile_start, tile_len, row_ids, group, num_tiles, num_rows, y_stride,
+    C1: tl.constexpr, C2: tl.constexpr, C3: tl.constexpr, C4: tl.constexpr, BLOCKS: tl.constexpr,
+    RANK_CAP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    DOT: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """y[rows of the tile, columns] = gain * y + scale * (sum of planes) @ B + bias, in place; C1 to C4: where the sites' columns
+    end; an absent site is none wide. BLOCKS: blocks of columns, each within one site."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    item = tl.program_id(0)
+    base = tl.load(tile_base + item // BLOCKS)
+    while base >= 0:
+        site, start, stop, block = _site_of(item % BLOCKS, C1, C2, C3, C4, BLOCK_N, ALIGNED)
+        desc = (arena + base).to(tl.pointer_type(tl.int64), bitcast=True) + group * _DESC_WIDTH
+        _expand_tile(
+            y, arena, planes, item // BLOCKS, base, desc + 2 + site * _SITE_WIDTH, row_ids, tile_start, tile_len, num_rows, y_stride,
+            start, stop - start, block, RANK_CAP, SPLIT, BLOCK_M, BLOCK_N, BLOCK_R, DOT, ALIGNED, PDL,
+        )  # fmt: skip
+        item += tl.num_programs(0)
+        base = tl.load(tile_base + item // BLOCKS, mask=item < num_tiles * BLOCKS, other=-1)
+    if PDL:  # whoever waits for this kernel relies on the shrink's end too, even if no tile was live here
+        tl.extra.cuda.gdc_wait()
+
+
+class Call(NamedTuple):
+    """A kernel with all that it is launched with."""
+
+    kernel: triton.JITFunction
+    num_programs: int
+    args: tuple
+    options: dict
+
+    def launch(self) -> None:
+        """Run it on the current stream."""
+        self.kernel[(self.num_programs,)](*self.args, **self.options)
+
+    def compile(self):
+        """Triton's compiled kernel, also into its disk cache, without a launch; tensors on the meta device will do."""
+        return self.kernel.warmup(*self.args, grid=(self.num_programs,), **self.options)
+
+
+def shrink_call(x: torch.Tensor, arena: torch.Tensor, shape: GroupShape, tiles: Tiles, scratch: torch.Tensor, choice: Choice) -> Call:
+    """What `shrink` launches."""
+    _check(x, shape.in_features, arena, tiles, scratch, choice)
+    num_tiles = tiles.tile_base.numel()
+    return Call(
+        _shrink,
+        _num_programs(num_tiles * choice.split_k, choice.shrink_programs),
+        (x, arena, scratch, *tiles[:4], shape.index, num_tiles, scratch.shape[1], x.stride(0)),
+        dict(
+            K=shape.in_features, RANK_CAP=scratch.shape[2], SPLIT=choice.split_k, BLOCK_M=tiles.block_m, BLOCK_K=choice.block_k,
+            BLOCK_R=choice.shrink_block_r, num_warps=choice.shrink_warps, num_stages=choice.shrink_stages,
+            **_common(arena, shape, choice),
+        ),
+    )  # fmt: skip
+
+
+def expand_call(y: torch.Tensor, arena: torch.Tensor, shape: GroupShape, tiles: Tiles, scratch: torch.Tensor, choice: Choice) -> Call:
+    """What `expand` launches."""
+    _check(y, shape.out_features, arena, tiles, scratch, choice)
+    num_tiles, stops = tiles.tile_base.numel(), [stop for _, stop in shape.columns]
+    blocks = sum(triton.cdiv(stop - start, choice.block_n) for start, stop in shape.columns)
+    stops += stops[-1:] * (MAX_SITES - len(stops))
+    return Call(
+        _expand,
+        _num_programs(num_tiles * blocks, choice.expand_programs),
+        (y, arena, scratch, *tiles[:4], shape.index, num_tiles, scratch.shape[1], y.stride(0), *stops, blocks),
+        dict(
+            RANK_CAP=scratch.shape[2], SPLIT=choice.split_k, BLOCK_M=tiles.block_m, BLOCK_N=choice.block_n,
+            BLOCK_R=choice.expand_block_r, num_warps=choice.expand_warps, num_stages=choice.expand_stages,
+            **_common(arena, shape, choice),
+        ),
+    )  # fmt: skip
+
+
+def shrink(x: torch.Tensor, arena: torch.Tensor, shape: GroupShape, tiles: Tiles, scratch: torch.Tensor, choice: Choice) -> None:
+    """x [rows, in] times each row's A, into `scratch` [split_k, row_cap, rank_cap]. It needs no y: it may run beside the base's product.
+
+    ValueError if types or shapes do not fit each other. Ranks beyond rank_cap are refused where descriptors are made (`describe`)."""
+    shrink_call(x, arena, shape, tiles, scratch, choice).launch()
+
+
+def expand(y: torch.Tensor, arena: torch.Tensor, shape: GroupShape, tiles: Tiles, scratch: torch.Tensor, choice: Choice) -> None:
+    """The deltas of shrink's scratch into y [rows, sum of outs], in place. ValueError as of `shrink`."""
+    expand_call(y, arena, shape, tiles, scratch, choice).launch()
+
+
+def apply_group(
+    y: torch.Tensor, x: torch.Tensor, arena: torch.Tensor, shape: GroupShape, tiles: Tiles, scratch: torch.Tensor, choice: Choice
+) -> None:
+    """Every row's delta at one group, in two launches: y [rows, sum of outs] in place (rows may be strided), x [rows, in].
+
+    Semantics: `apply_group_reference`, with float32 accumulation; products' operands have the arena's type. `scratch` may be shared by all
+    groups of a model that run one after another; neither it nor unused tiles need to hold anything in particular."""
+    shrink(x, arena, shape, tiles, scratch, choice)
+    expand(y, arena, shape, tiles, scratch, choice)
+
+
+def _num_programs(items: int, most: int) -> int:
+    """One program an item, or `most` that walk them: fewer to start for nothing where most of the capacity is unused."""
+    return max(1, min(items, most) if most else items)
+
+
+def _common(arena: torch.Tensor, shape: GroupShape, choice: Choice) -> dict:
+    interpreted = triton.knobs.runtime.interpret
+    # The interpreter multiplies bfloat16 as if it were integers.
+    return {
+        "DOT": tl.float32 if interpreted else _TYPES[arena.dtype],
+        "ALIGNED": shape.aligned,
+        "PDL": choice.pdl and not interpreted,
+        **({"launch_pdl": True} if choice.pdl and not interpreted else {}),
+    }
+
+
+def _check(rows: torch.Tensor, width: int, arena: torch.Tensor, tiles: Tiles, scratch: torch.Tensor, choice: Choice) -> None:
+    if arena.dtype not in _TYPES or rows.dtype != arena.dtype:
+        raise ValueError(f"rows are {rows.dtype} and the arena is {arena.dtype}; allowed is one of {[str(t) for t in _TYPES]} for both")
+    if rows.ndim != 2 or rows.shape[1] != width or rows.stride(1) != 1:
+        raise ValueError(f"rows have shape {list(rows.shape)} and strides {rows.stride()}; expected [rows, {width}] with adjacent columns")
+    if tiles.block_m != choice.block_m:
+        raise ValueError(f"tiles of {tiles.block_m} rows with a choice for {choice.block_m}")
+    if scratch.dtype != torch.float32 or not scratch.is_contiguous():
+        raise ValueError("scratch: contiguous float32 is expected")
+    if scratch.shape[0] < choice.split_k or scratch.shape[1] < tiles.row_ids.numel():
+        raise ValueError(f"scratch {list(scratch.shape)} is too small for {choice.split_k} parts of {tiles.row_ids.numel()} rows")

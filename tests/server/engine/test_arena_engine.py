@@ -1,0 +1,100 @@
+"""The engine on an arena with the Triton kernels, as on a GPU but interpreted: same answers, one memory for tokens and adapters."""
+
+import json
+
+import pytest
+
+from server.engine.core import run_until_idle
+from server.model.attention import ATTENTION_NAME, PagedAttention
+from server.types import EngineRequest, SamplingParams
+from tests.server.engine.peft_oracle import pack, save_adapter
+from tests.server.engine.test_adapters import LLAMA_KINDS, OTHERS, serve_and_compare
+from tests.server.engine.test_core import (  # noqa: F401 - collected here again
+    engine,
+    folders,
+    prompt,
+    test_a_bad_pack_fails_those_who_asked_for_it,
+    test_a_replaced_adapter_never_reads_its_predecessors_cache,
+    test_cached_prefixes_change_no_text_and_are_used,
+)
+from tests.server.engine.tiny_models import make_engine, make_model
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
+
+
+@pytest.fixture(autouse=True)
+def on_an_arena(monkeypatch):
+    monkeypatch.setenv("MANYLORA_TEST_ENGINE", json.dumps({"kernels": "triton", "overlap": True}))
+
+
+@pytest.mark.parametrize(
+    "model_type, kinds",
+    [
+        ("llama", ["plain", "odd-rank", "dora", "lora-bias", "head", "embedding", "saved-norms", "added-tokens"]),
+        ("qwen2", None),
+        ("gpt2", None),
+    ],
+    ids=["llama", "qwen2", "gpt2"],
+)
+def test_mixed_kinds_equal_peft(model_type, kinds, tmp_path):
+    serve_and_compare(model_type, {kind: LLAMA_KINDS[kind] for kind in kinds} if kinds else OTHERS[model_type], tmp_path)
+
+
+def test_idle_adapters_make_room_for_tokens_and_tokens_for_adapters(tmp_path):
+    params, num_blocks = SamplingParams(max_new_tokens=6), 20
+    roomy, base = engine(num_blocks=400)
+    folders = [save_adapter(tmp_path / f"a{i}", "llama", seed=i, r=4) for i in range(3)]
+    refs = [pack(folder, base.layout, tmp_path / f"p{i}") for i, folder in enumerate(folders)] + [None]
+    block_bytes = PagedAttention.num_bytes(base.attention_shapes, 4, base.dtype)
+    adapter_bytes = -(-((tmp_path / "p0").stat().st_size + 4096) // block_bytes) * block_bytes
+    # Tokens and one adapter fit at a time, of what four sequences and three adapters ask for.
+    core, _ = engine(num_blocks=num_blocks, adapter_device_bytes=adapter_bytes, max_sequence_len=40)
+    said = []
+    for each in (roomy, core):
+        for turn in range(2):
+            for i, ref in enumerate(refs):
+                each.add(EngineRequest(f"{turn}{i}", prompt(i, 30), params, ref))
+        said.append({})
+        for output in run_until_idle(each, timeout_s=120):
+            assert output.error is None
+            said[-1].setdefault(output.request_id, []).extend(output.token_ids)
+    assert said[0] == said[1] and len(said[0]) == 8
+    while core.tiers.yield_room():
+        pass
+    assert core.pool.num_used == 0 and core.tiers.device.used_bytes == 0
+
+
+def test_compiled_layers_are_alike_and_never_compiled_again(folders, tmp_path):  # noqa: F811 - the fixture
+    import torch._dynamo
+    from torch._dynamo.utils import counters
+
+    params = SamplingParams(max_new_tokens=5)
+
+    def answers(core, base):
+        refs = [
+            None,
+            pack(folders / "one", base.layout, tmp_path / f"{id(core)}1"),
+            pack(folders / "two", base.layout, tmp_path / f"{id(core)}2"),
+        ]
+        for i in range(6):
+            core.add(EngineRequest(str(i), prompt(i, 3 + 4 * i), params, refs[i % 3]))
+        said = {}
+        for output in run_until_idle(core):
+            said.setdefault(output.request_id, []).extend(output.token_ids)
+        return said
+
+    plain = answers(*make_engine(make_model("llama", attention=ATTENTION_NAME)))
+    torch._dynamo.reset()
+    counters.clear()
+    core, base = make_engine(make_model("llama", attention=ATTENTION_NAME))
+    for layer in base.layers:
+        layer.compile(dynamic=True, backend="eager")
+    core.add(EngineRequest("warm-up", prompt(0, 9), SamplingParams(max_new_tokens=1)))
+    run_until_idle(core)
+    num_graphs = counters["stats"]["unique_graphs"]
+    assert len(base.layers) == 3 and 0 < num_graphs <= 2  # one for all layers, or one more where a layer's window differs
+    with torch.compiler.set_stance("fail_on_recompile"):
+        core.add(EngineRequest("again", prompt(1, 13), SamplingParams(max_new_tokens=1)))
+        assert run_until_idle(core)[-1].error is None
+    assert answers(core, base) == plain

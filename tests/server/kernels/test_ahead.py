@@ -1,0 +1,41 @@
+"""What the compiler makes of the kernels, for cards that need not be there: they compile, load vectors and spill nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+# In a process of its own: this one's Triton interprets.
+PROGRAM = """
+import json, sys
+import torch
+from server.kernels.ahead import Job, compile_pair
+from server.kernels.grouped import GroupShape
+from server.kernels.launch import card_of, choose
+found = []
+capability = tuple(json.loads(sys.argv[1]))
+for shape in (GroupShape(4096, ((0, 4096), (4096, 5120), (5120, 6144)), 3), GroupShape(14336, ((0, 4096),), 1)):
+    for num_rows in (1, 64, 2048):
+        job = Job(capability, torch.bfloat16, shape, choose(card_of(capability, 58), num_rows, shape))
+        found += [kernel.asm["ptx"] for kernel in compile_pair(job)]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0)])
+def test_factors_are_loaded_as_vectors(capability, tmp_path):
+    root = Path(__file__).parents[3]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", PROGRAM, json.dumps(capability)]
+    result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for ptx in json.loads(result.stdout):
+        # A and x come by 16-byte asynchronous copies, B and y by 16-byte loads; gain and bias are one row and may be scalars.
+        assert "cp.async.cg.shared.global" in ptx or ptx.count("ld.global.v4.b32") >= 2
+        assert ptx.count("ld.global.b16") <= 2
+        assert ("griddepcontrol.wait" in ptx) == (capability >= (9, 0))
