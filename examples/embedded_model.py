@@ -190,13 +190,13 @@ def _write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
 
 
 def _write_weights(reader: Any, fields: dict[str, Any], path: Path, *, progress: bool) -> None:
-    import torch
+    import ml_dtypes  # rather than torch: the deployment makes this model too, and has no torch
     from rich.progress import track
-    from safetensors.torch import save_file
+    from safetensors.numpy import save_file
 
     num_heads = {"attn_q": fields["llama.attention.head_count"], "attn_k": fields["llama.attention.head_count_kv"]}
     named = track(_named_weights(reader, num_heads), "SmolLM2-135M", total=len(reader.tensors), disable=not progress)
-    weights = {name: torch.from_numpy(weight).to(torch.bfloat16) for name, weight in named}
+    weights = {name: weight.astype(ml_dtypes.bfloat16) for name, weight in named}
     save_file(weights, path, metadata={"format": "pt"})
     path.chmod(0o644)  # safetensors writes 0600; a model may be read by the service user
 

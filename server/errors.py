@@ -14,6 +14,7 @@ class ServerError(Exception):
         super().__init__(message)
         self.message = message
         self.param = param  # the request's field that is at fault, where there is one
+        self.code: str | None = None  # OpenAI's name of the fault, where its clients look for one
         self.retry_after_s = retry_after_s
 
 
@@ -24,21 +25,29 @@ class ValidationFailed(ServerError):
     error_type = "validation"
 
 
-class MalformedBody(ServerError):
+class BodyUnreadable(ServerError):
+    """The body never became a request."""
+
+
+class BodyMismatch(ValidationFailed, BodyUnreadable):
+    """The body is JSON and no request: a field is missing, unknown or of another type."""
+
+
+class MalformedBody(BodyUnreadable):
     """The body is not JSON."""
 
     status = 400
     error_type = "validation"
 
 
-class BodyTooLarge(ServerError):
+class BodyTooLarge(BodyUnreadable):
     """The body is longer than the server reads."""
 
     status = 413
     error_type = "validation"
 
 
-class WrongMediaType(ServerError):
+class WrongMediaType(BodyUnreadable):
     """The body is not said to be JSON."""
 
     status = 415
@@ -102,3 +111,24 @@ class Unavailable(ServerError):
 
     status = 503
     error_type = "unavailable"
+
+
+class Unauthorized(ServerError):
+    """The caller did not show a key that is known here."""
+
+    status = 401
+    error_type = "unauthorized"
+
+
+class Forbidden(ServerError):
+    """The caller may not do this, or nobody may on this server."""
+
+    status = 403
+    error_type = "forbidden"
+
+
+class Conflict(ServerError):
+    """What is there already stands against it; the message says what would help."""
+
+    status = 409
+    error_type = "conflict"

@@ -1,11 +1,16 @@
 """Prometheus metrics of one server: LoRAX's names where they mean the same, `manylora_*` for the rest.
 
-Owns the registry and its labels, whose values are all from closed sets (no adapter ids: a fleet has thousands). Does not know where the
-numbers come from: the API observes requests, and copies the engine's counters here from each heartbeat.
+Owns the registry and its labels. Their values are from closed sets, but for adapters, of which a fleet has thousands: only so many have
+series of their own (`AdapterSeries`). Does not know where the numbers come from: the API observes requests, and copies the engine's
+counters here from each heartbeat.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol
+from weakref import WeakValueDictionary
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -14,6 +19,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 disable_created_metrics()  # a second gauge a series, which nobody reads
 
 _SECONDS = tuple(0.0001 * 1.5**k for k in range(1, 36))  # LoRAX's buckets
+_COARSE_SECONDS = tuple(0.01 * 2.0**k for k in range(15))  # for what there are many of: 10 ms to 160 s
 _TOKENS = tuple(float(1 << k) for k in range(17))
 # prometheus_client insists on a counter's suffix; LoRAX's dashboards read the names without it.
 _LORAX_COUNTER = re.compile(rb"^((?:# (?:HELP|TYPE) )?lorax_\w+?)_total\b", re.MULTILINE)
@@ -22,6 +28,9 @@ FAILURES = ("overloaded", "validation", "generation", "incomplete", "dropped", "
 _ENGINE = {  # field of ipc.messages.EngineStats -> (name, what it is); *_total are counters
     "num_running": ("lorax_batch_current_size", "Sequences that are being generated"),
     "num_waiting": ("lorax_queue_length", "Sequences that wait for their first step"),
+    "num_tokens": ("manylora_tokens_held", "Tokens of all sequences, queued and running"),
+    "max_tokens": ("manylora_tokens_max", "Tokens that the KV blocks hold"),
+    "max_batch_size": ("manylora_batch_size_max", "Sequences of one step at most"),
     "num_blocks_used": ("manylora_kv_blocks_used", "KV blocks held by sequences"),
     "num_blocks": ("manylora_kv_blocks", "KV blocks there are"),
     "num_blocks_cached": ("manylora_kv_blocks_cached", "KV blocks that hold a prefix that can be reused, in use or not"),
@@ -37,11 +46,79 @@ _ENGINE = {  # field of ipc.messages.EngineStats -> (name, what it is); *_total 
 }
 
 
-class Metrics:
-    """All series of one server, in a registry of their own."""
+class Underway(Protocol):
+    """A request that has not ended."""
 
-    def __init__(self) -> None:
+    @property
+    def adapter(self) -> str | None:
+        """The adapter's id; None: the base, or not known yet."""
+        ...
+
+    @property
+    def state(self) -> Literal["preparing", "waiting", "running"]:
+        """Checked, fetched and tokenized; with the engine and without a token; with a token."""
+        ...
+
+
+class AdapterSeries:
+    """Requests by adapter. The first `max_adapters` that answer a request have series of their own, the others share `_other`; one that
+    nobody asked for in `idle_s` gives its place up, and its series go. Merged adapters share `_merged`."""
+
+    def __init__(
+        self, registry: CollectorRegistry, max_adapters: int, *, idle_s: float = 3600.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        labels = ["adapter", "source"]
+        self._max, self._idle_s, self._clock = max_adapters, idle_s, clock
+        self._places: OrderedDict[tuple[str, str], float] = OrderedDict()  # adapter, source -> last used; the longest idle first
+        self.requests = Counter("manylora_adapter_requests", "Requests answered in full", labels, registry=registry)
+        self.failures = Counter("manylora_adapter_request_failures", "Requests that failed", labels, registry=registry)
+        self.tokens = Counter("manylora_adapter_generated_tokens", "Tokens generated", labels, registry=registry)
+        self.first_token = _histogram(
+            registry, "manylora_adapter_time_to_first_token_seconds", "Seconds from arrival to first token", _COARSE_SECONDS, labels
+        )
+        self.duration = _histogram(
+            registry, "manylora_adapter_request_duration_seconds", "Seconds from arrival to the last byte", _COARSE_SECONDS, labels
+        )
+
+    def succeeded(self, adapter: str, source: str, *, num_tokens: int, first_token_s: float, duration_s: float) -> None:
+        """A request was answered in full."""
+        labels = self._labels(adapter, source, place=True)
+        self.requests.labels(*labels).inc()
+        self.tokens.labels(*labels).inc(num_tokens)
+        self.first_token.labels(*labels).observe(first_token_s)
+        self.duration.labels(*labels).observe(duration_s)
+
+    def failed(self, adapter: str, source: str) -> None:
+        """A request failed. An id that never answered one has no place: anybody can make ids up."""
+        self.failures.labels(*self._labels(adapter, source, place=False)).inc()
+
+    def _labels(self, adapter: str, source: str, *, place: bool) -> tuple[str, str]:
+        key, now = (adapter, source), self._clock()
+        if place and key not in self._places and adapter != "_merged":
+            if len(self._places) >= self._max and self._places and now - next(iter(self._places.values())) > self._idle_s:
+                idle, _ = self._places.popitem(last=False)
+                for family in (self.requests, self.failures, self.tokens, self.first_token, self.duration):
+                    if idle in family._metrics:
+                        family.remove(*idle)
+            if len(self._places) < self._max:
+                self._places[key] = now
+        if key in self._places:
+            self._places[key] = now
+            self._places.move_to_end(key)
+            return key
+        return ("_merged" if adapter == "_merged" else "_other", "")
+
+
+class Metrics:
+    """All series of one server, in a registry of their own.
+
+    `underway`: the requests that have not ended, by id; `on_end` is called with each one that has."""
+
+    def __init__(self, *, max_adapters: int = 100) -> None:
         self.registry = CollectorRegistry()
+        self.underway: WeakValueDictionary[str, Underway] = WeakValueDictionary()
+        self.on_end: Callable[[Any], None] = lambda request: None
+        self.adapters = AdapterSeries(self.registry, max_adapters)
         self._engine: dict[str, float] = {}
         r = self.registry
         self.request_count = Counter("lorax_request_count", "Requests to generate", registry=r)
@@ -62,9 +139,11 @@ class Metrics:
         self.adapter_resolutions = Counter("manylora_adapter_resolutions", "Adapters resolved, by outcome", ["outcome"], registry=r)
         self.adapter_resolve = _histogram(r, "manylora_adapter_resolve_seconds", "Seconds to find, fetch and pack an adapter", _SECONDS)
         self.adapter_states = Counter("manylora_adapter_states", "Changes of an adapter's tier", ["state"], registry=r)
+        self.adapter_load = _histogram(r, "manylora_adapter_load_seconds", "Seconds to bring an adapter to a tier", _SECONDS, ["tier"])
         for cause in FAILURES:
             self.request_failure.labels(err=cause)
         r.register(_EngineCounters(self._engine))
+        r.register(_RequestStates(self.underway))
 
     def failed(self, cause: str) -> None:
         """Count a failed request; a cause outside FAILURES counts as internal."""
@@ -89,7 +168,36 @@ class _EngineCounters:
         for field, (name, description) in _ENGINE.items():
             family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
             yield family(name, description, value=self._values.get(field, 0))
+        yield GaugeMetricFamily(
+            "manylora_load_ratio", "What is queued and running against what fits at once", value=load_ratio(self._values)
+        )
 
 
-def _histogram(registry: CollectorRegistry, name: str, description: str, buckets: tuple[float, ...]) -> Histogram:
-    return Histogram(name, description, buckets=buckets, registry=registry)
+def load_ratio(stats: Mapping[str, float]) -> float:
+    """How full the engine is, the queue included: the larger of tokens held against tokens that fit the KV cache, and sequences held
+    against those of one step. 1: a newcomer waits; 2: as much again is queued. 0 while the engine starts."""
+    shares = (
+        (stats.get("num_tokens", 0), stats.get("max_tokens", 0)),
+        (stats.get("num_running", 0) + stats.get("num_waiting", 0), stats.get("max_batch_size", 0)),
+    )
+    return max((held / most for held, most in shares if most), default=0.0)
+
+
+class _RequestStates:
+    """Counts the requests under way by state."""
+
+    def __init__(self, underway: Mapping[str, Underway]) -> None:
+        self._underway = underway
+
+    def collect(self) -> Iterator[Metric]:
+        family = GaugeMetricFamily("manylora_requests_underway", "Requests that have not ended, by state", labels=["state"])
+        states = [one.state for one in self._underway.values()]
+        for state in ("preparing", "waiting", "running"):
+            family.add_metric([state], states.count(state))
+        yield family
+
+
+def _histogram(
+    registry: CollectorRegistry, name: str, description: str, buckets: tuple[float, ...], labels: Sequence[str] = ()
+) -> Histogram:
+    return Histogram(name, description, labels, buckets=buckets, registry=registry)

@@ -19,10 +19,11 @@ from typing import Any, TypeVar
 from server.api.adapter_lists import AdapterLists
 from server.api.adapter_tokenizers import AdapterTokenizers
 from server.api.packing import AdapterPacker, Packed
+from server.api.residency import Residency
 from server.api.selection import AdapterSelection, Merge, ResolvedAdapter
 from server.api.source_threads import SourceThreads, Work
 from server.api.text.tokenizer import Tokenizer
-from server.errors import AdapterRefused, ServerError, Unavailable
+from server.errors import AdapterNotFound, AdapterRefused, ServerError, Unavailable
 from server.metrics import Metrics
 from server.sources import Snapshot, Sources, Store, canonical_name
 from server.sources.space import mark_used
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 Key = tuple[object, ...]
+Stamps = Callable[[str, Sequence[str]], tuple[int, ...]]
 
 _REMEMBER_FAILURE_S = 1.0
 _DOUBT_AGAIN_S = 60.0
@@ -46,6 +48,8 @@ class _Known:
 
     version: tuple[str, ...]
     ref: AdapterRef
+    rank: int
+    base_name: str | None
     tokenizer_digest: str | None  # None: the base's
     checked_at: float
     cheap: bool  # asking the source again costs next to nothing
@@ -61,14 +65,18 @@ class _Flight:
 
 
 class AdapterResolver:
-    """All adapters of one server. `layout` is what the engine said of the base when it became ready."""
+    """All adapters of one server. `layout` is what the engine said of the base when it became ready.
+
+    `stamps(source, ids)` changes whenever the registry gives an id another meaning: what was asked, or is under way, before that is not
+    used for whom asks after it."""
 
     def __init__(
         self, sources: Sources, store: Store, base: Tokenizer, metrics: Metrics, *,
-        recheck_s: float = 2.0, max_merged_rank: int = 256,
+        recheck_s: float = 2.0, max_merged_rank: int = 256, residency: Residency | None = None, stamps: Stamps = lambda source, ids: (),
     ) -> None:  # fmt: skip
         self._sources, self._store, self._base, self._metrics = sources, store, base, metrics
-        self._recheck_s = recheck_s
+        self._recheck_s, self._stamps = recheck_s, stamps
+        self.residency = residency or Residency(lambda message: None)
         self._threads = SourceThreads()
         self._lists = AdapterLists(sources, self._threads)
         self._tokenizers = AdapterTokenizers(base, store)
@@ -78,12 +86,15 @@ class AdapterResolver:
         self._failures: OrderedDict[Key, tuple[float, ServerError]] = OrderedDict()  # oldest first
         self._doubted_at: dict[str, float] = {}
 
-    async def resolve(self, selection: AdapterSelection, layout: BaseLayout) -> ResolvedAdapter:
-        """The adapter, fetched and packed if it is not yet; one flight however many ask. The errors of Source and of adapters.pack."""
+    async def resolve(self, selection: AdapterSelection, layout: BaseLayout, *, anew: bool = False) -> ResolvedAdapter:
+        """The adapter, fetched and packed if it is not yet; one flight however many ask. The errors of Source and of adapters.pack.
+
+        `anew`: try also what failed a moment ago."""
         source = canonical_name(selection.source)
-        key = (*selection.key, layout.fingerprint)
+        stamps = self._stamps(source, selection.ids)
+        key = (*selection.key, layout.fingerprint, stamps)
         failed = self._failures.get(key)
-        if failed is not None and time.monotonic() - failed[0] < _REMEMBER_FAILURE_S:
+        if failed is not None and not anew and time.monotonic() - failed[0] < _REMEMBER_FAILURE_S:
             raise failed[1].with_traceback(None)
         flight = self._flights.get(key)
         if flight is None or flight.task.done():
@@ -92,7 +103,12 @@ class AdapterResolver:
             flight.task.add_done_callback(lambda task: self._land(key, flight))
         flight.num_waiting += 1
         try:
-            return await asyncio.shield(flight.task)
+            found = await asyncio.shield(flight.task)
+            self.residency.resolved(selection.name_key, found.ref, stamps, found.rank, found.base_name)
+            return found
+        except AdapterNotFound:
+            self.residency.unload(selection.name_key)
+            raise
         except asyncio.CancelledError:
             if flight.task.cancelled() and flight.num_waiting > 0 and not _is_cancelled():
                 raise Unavailable("the server is shutting down", retry_after_s=5.0) from None  # `close` dropped what waited
@@ -134,19 +150,19 @@ class AdapterResolver:
                 if not on_disk or tokenizer is None:
                     known = None  # the store let its pack go, or the cache its tokenizer
             if known is not None and tokenizer is not None and not known.cheap and time.monotonic() - known.checked_at < self._recheck_s:
-                return self._resolved(known.ref, tokenizer)
+                return self._resolved(known, tokenizer)
             work: Work = "fetch" if known is None else "known" if known.cheap else "ask"
             snapshots = await self._in_thread(flight, source, work, lambda: self._ask(source, selection))
             if known is not None and tokenizer is not None and known.version == _version(snapshots):
                 self._remember(key, replace(known, checked_at=time.monotonic()))
-                return self._resolved(known.ref, tokenizer)
+                return self._resolved(known, tokenizer)
             packed = await self._in_thread(
                 flight, source, "fetch", lambda: self._packer.make(self._sources.get(source), selection, snapshots, layout)
             )
         self._known.pop(key, None)
         if all(one.settled for one in packed.snapshots):
             self._remember(key, _known(packed))
-        return self._resolved(packed.ref, packed.own[1] if packed.own is not None else self._base)
+        return self._resolved(_known(packed), packed.own[1] if packed.own is not None else self._base)
 
     async def _in_thread(self, flight: _Flight, source: str, work: Work, run: Callable[[], Result]) -> Result:
         """The result of `run`; nothing is begun for a flight that everybody left."""
@@ -167,14 +183,24 @@ class AdapterResolver:
             return self._base
         return self._tokenizers.get(known.tokenizer_digest)
 
-    def _resolved(self, ref: AdapterRef, tokenizer: Tokenizer) -> ResolvedAdapter:
-        return ResolvedAdapter(ref, tokenizer, tokenizer.chat_template != self._base.chat_template)
+    def _resolved(self, known: _Known, tokenizer: Tokenizer) -> ResolvedAdapter:
+        own_template = tokenizer.chat_template != self._base.chat_template
+        return ResolvedAdapter(known.ref, tokenizer, own_template, known.rank, known.base_name)
 
     def _remember(self, key: Key, known: _Known) -> None:
         self._known[key] = known
         self._known.move_to_end(key)
         while len(self._known) > _MAX_REMEMBERED:
             self._known.popitem(last=False)
+
+    def is_resolving(self, selection: AdapterSelection) -> bool:
+        """Whether it is being found, fetched or packed now, for any caller."""
+        named = len(selection.name_key)
+        return any(key[:named] == selection.name_key for key in self._flights)
+
+    async def run(self, source: str, work: Callable[[AdapterPacker], Result]) -> Result:
+        """Whatever takes as long as a fetch, in a thread of those that fetch from the source."""
+        return await asyncio.wrap_future(self._threads.submit(canonical_name(source), "fetch", lambda: work(self._packer)))
 
     # -- held while requests run ---------------------------------------------------------------------------------------------------
 
@@ -185,7 +211,7 @@ class AdapterResolver:
             yield
             return
         try:
-            with self._store.pinned(adapter.ref.hash):
+            with self._store.pinned(adapter.ref.hash), self.residency.running(adapter.ref.hash):
                 yield
         except AdapterRefused:
             self._doubt(adapter.ref.hash)  # after our own pin is gone
@@ -208,7 +234,8 @@ class AdapterResolver:
 
 def _known(packed: Packed) -> _Known:
     cheap = all(one.folder is not None for one in packed.snapshots)
-    return _Known(_version(packed.snapshots), packed.ref, packed.own[0] if packed.own is not None else None, time.monotonic(), cheap)
+    digest = packed.own[0] if packed.own is not None else None
+    return _Known(_version(packed.snapshots), packed.ref, packed.rank, packed.base_name, digest, time.monotonic(), cheap)
 
 
 def _version(snapshots: Sequence[Snapshot]) -> tuple[str, ...]:

@@ -9,30 +9,51 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.openapi.utils import get_openapi
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from server import __version__
-from server.api import health, native, openai_chat, openai_completions
+from server.api import adapter_routes, health, native, openai_chat, openai_completions, other_models
+from server.api.adapter_status import AdapterStatus
 from server.api.adapters import AdapterResolver
 from server.api.admission import Admission
 from server.api.base_model import ServedModel
 from server.api.body import ClientGone
 from server.api.engine import ENGINE_COMMAND, EngineClient
+from server.api.front import put_before
+from server.api.lora_info import LoraRequestsInfo
+from server.api.openapi import describe
 from server.api.preload import preload
-from server.api.schemas_native import GenerateRequest, TokenizeRequest
-from server.api.schemas_openai import ChatRequest, CompletionRequest
+from server.api.published import NamedSources, PublishedWeights
+from server.api.publishing import Publisher
+from server.api.registry import Registry
+from server.api.residency import Residency
+from server.api.schemas_adapters import LoadLoraRequest, PublishRequest, UnloadLoraRequest
+from server.api.schemas_native import (
+    ClassifyBatchRequest,
+    ClassifyRequest,
+    EmbeddingsRequest,
+    EmbedRequest,
+    GenerateRequest,
+    StreamEvent,
+    TokenizeRequest,
+)
+from server.api.schemas_openai import ChatChunk, ChatRequest, CompletionChunk, CompletionRequest
 from server.api.state import Api
 from server.api.stream import Dialect, error_response, internal_error, native_error, openai_error
 from server.api.text.template_worker import TemplateWorkers
-from server.errors import ServerError
+from server.api.tracing import Traces
+from server.errors import BodyMismatch, BodyUnreadable, ServerError, ValidationFailed
 from server.metrics import Metrics
 from server.settings import Settings
 from server.sources import SourceOptions, Sources, Store, canonical_name
 from server.types import EngineOptions
 
-_BODIES = (GenerateRequest, TokenizeRequest, CompletionRequest, ChatRequest)
+_SCHEMAS = (  # named by the routes with body_docs and stream_docs
+    GenerateRequest, StreamEvent, TokenizeRequest, EmbedRequest, EmbeddingsRequest, ClassifyRequest, ClassifyBatchRequest,
+    CompletionRequest, CompletionChunk, ChatRequest, ChatChunk, PublishRequest, LoadLoraRequest, UnloadLoraRequest,
+)  # fmt: skip
 
 
 def make_api(
@@ -44,7 +65,7 @@ def make_api(
 ) -> Api:
     """The parts, not yet started. `settings` must be resolved (Settings.resolved). ValueError, naming the setting, if they cannot be."""
     _check_sources(settings)
-    metrics = Metrics()
+    metrics = Metrics(max_adapters=settings.metrics_max_adapters)
     assert settings.store_dir is not None
     engine = EngineClient(
         engine_options(settings, model),
@@ -56,24 +77,45 @@ def make_api(
         command=engine_command,
         on_fatal=on_fatal,
     )
-    adapters = AdapterResolver(
-        Sources(source_options(settings)),
-        Store(settings.store_dir, settings.store_max_bytes),
-        model.tokenizer,
-        metrics,
-        recheck_s=settings.adapter_recheck_s,
-        max_merged_rank=settings.max_merged_rank,
-    )
+    traces = Traces(settings.otlp_endpoint) if settings.otlp_endpoint is not None else None
+    metrics.on_end = traces or metrics.on_end
+    publisher, adapters = _adapters(settings, model, engine, metrics)
+    metrics.registry.register(LoraRequestsInfo(metrics, adapters.residency, settings.max_batch_size))
     return Api(
         settings=settings,
         model=model,
         engine=engine,
         adapters=adapters,
+        publisher=publisher,
+        status=AdapterStatus(publisher.registry, adapters),
         templates=TemplateWorkers(timeout_s=settings.template_timeout_s),
         admission=Admission(settings.max_concurrent_requests, metrics),
         metrics=metrics,
+        traces=traces,
         started_at=int(time.time()),
     )
+
+
+def _adapters(settings: Settings, model: ServedModel, engine: EngineClient, metrics: Metrics) -> tuple[Publisher, AdapterResolver]:
+    """Names, sources and store of one server, and what is told to its engine about adapters. ValueError if the registry cannot be read."""
+    assert settings.store_dir is not None and settings.registry_dir is not None
+    registry = Registry(settings.registry_dir, model.name, canonical_name(settings.default_adapter_source or settings.adapter_source))
+    raw, weights = Sources(source_options(settings)), PublishedWeights(registry.folder)
+    store = Store(settings.store_dir, settings.store_max_bytes)
+    residency = Residency(engine.tell)
+    adapters = AdapterResolver(
+        NamedSources(raw, registry, weights),
+        store,
+        model.tokenizer,
+        metrics,
+        recheck_s=settings.adapter_recheck_s,
+        max_merged_rank=settings.max_merged_rank,
+        residency=residency,
+        stamps=registry.stamps,
+    )
+    publisher = Publisher(registry, weights, raw, store, adapters, engine, model.names)
+    engine.on_ready, engine.on_adapter = publisher.engine_ready, residency.take
+    return publisher, adapters
 
 
 def _check_sources(settings: Settings) -> None:
@@ -104,6 +146,11 @@ def engine_options(settings: Settings, model: ServedModel) -> EngineOptions:
         prefix_caching=settings.prefix_caching,
         adapter_device_bytes=_int(settings.adapter_device_bytes),
         adapter_host_bytes=_int(settings.adapter_host_bytes),
+        kernels=settings.kernels,
+        attention=settings.attention,
+        compile_layers=settings.compile_layers,
+        cuda_graphs=settings.cuda_graphs,
+        overlap=settings.overlap,
         num_threads=settings.num_threads,
         allow_unverified_architecture=settings.allow_unverified_architecture,
     )
@@ -139,14 +186,18 @@ def make_app(api: Api) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         api.engine.start()
+        api.publisher.start(api.settings.registry_poll_s)
         preloading = preload(api)
         try:
             yield
         finally:
             preloading.cancel()
+            await api.publisher.close()
             await api.engine.stop()
             await api.templates.close()
             api.adapters.close()
+            if api.traces is not None:
+                await api.traces.close()
 
     app = FastAPI(
         title="manylora",
@@ -156,13 +207,16 @@ def make_app(api: Api) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.api = api
-    for router in (native.router, openai_completions.router, openai_chat.router, health.router):
+    for router in (native.router, openai_completions.router, openai_chat.router, other_models.router, adapter_routes.router, health.router):
         app.include_router(router)
     app.add_exception_handler(ServerError, _on_server_error)
     app.add_exception_handler(ClientGone, _on_client_gone)
     app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(RequestValidationError, _on_bad_query)
     app.add_exception_handler(Exception, _on_bug)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    app.openapi = lambda: describe(app, _SCHEMAS)  # type: ignore[method-assign]
+    app.add_api_route("/api-doc/openapi.json", lambda: app.openapi(), include_in_schema=False)  # LoRAX's path
+    put_before(app, api.settings)
     return app
 
 
@@ -172,11 +226,23 @@ def _dialect(request: Request) -> Dialect:
 
 async def _on_server_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServerError)
-    return error_response(error, _dialect(request))
+    dialect = _dialect(request)
+    if isinstance(error, BodyUnreadable) and dialect is native_error and request.app.state.api.settings.lorax_strict:
+        # LoRAX's framework answers these before LoRAX does.
+        start = "Failed to deserialize the JSON body into the target type: " if isinstance(error, BodyMismatch) else ""
+        return PlainTextResponse(start + error.message, status_code=error.status)
+    return error_response(error, dialect)
 
 
 async def _on_client_gone(request: Request, error: Exception) -> Response:
     return Response(status_code=499)  # nobody reads it
+
+
+async def _on_bad_query(request: Request, error: Exception) -> Response:
+    """A parameter of the path, the query or a header that FastAPI itself checked."""
+    assert isinstance(error, RequestValidationError)
+    words = [f"`{detail['loc'][-1]}`: {detail['msg']}" for detail in error.errors()[:5]]
+    return error_response(ValidationFailed("; ".join(words), param=str(error.errors()[0]["loc"][-1])), _dialect(request))
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
@@ -192,16 +258,3 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 async def _on_bug(request: Request, error: Exception) -> Response:
     return error_response(internal_error(error), _dialect(request))
-
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's document, with the bodies that the routes read themselves."""
-    if not app.openapi_schema:
-        document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
-        schemas = document.setdefault("components", {}).setdefault("schemas", {})
-        for body in _BODIES:
-            schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
-            schemas.update(schema.pop("$defs", {}))
-            schemas[body.__name__] = schema
-        app.openapi_schema = document
-    return app.openapi_schema

@@ -13,7 +13,7 @@ from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
 
 from server.api.schemas_common import RequestModel
-from server.errors import BodyTooLarge, MalformedBody, ValidationFailed, WrongMediaType
+from server.errors import BodyMismatch, BodyTooLarge, MalformedBody, ValidationFailed, WrongMediaType
 
 Body = TypeVar("Body", bound=RequestModel)
 
@@ -28,7 +28,7 @@ class ClientGone(Exception):
 
 
 async def read_body(request: Request, schema: type[Body], *, max_bytes: int, ignore_unknown: bool = False) -> Body:
-    """The body as `schema`. WrongMediaType, BodyTooLarge, MalformedBody, or ValidationFailed for what is in it.
+    """The body as `schema`. WrongMediaType, BodyTooLarge, MalformedBody, or BodyMismatch for what is in it.
 
     `ignore_unknown`: drop unknown fields as LoRAX does, in place of refusing them."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
@@ -87,14 +87,14 @@ def _check_sizes(value: Any) -> None:
         pending += [(item, (*loc, key)) for key, item in items if isinstance(item, dict | list) and item]
 
 
-def _failure(schema: type[RequestModel], details: list[Any]) -> ValidationFailed:
+def _failure(schema: type[RequestModel], details: list[Any]) -> BodyMismatch:
     """One sentence a mistake, at most five; the first names `param`."""
     if any(detail["loc"][-1:] != ("str",) for detail in details):  # "not a string" says nothing where a list's part is wrong
         details = [detail for detail in details if detail["loc"][-1:] != ("str",)]
     words = [_words(schema, detail) for detail in details[:5]]
     if len(details) > 5:
         words.append(f"and {len(details) - 5} more")
-    return ValidationFailed("; ".join(words), param=_path((*details[0]["loc"], *_named_field(details[0]))) or None)
+    return BodyMismatch("; ".join(words), param=_path((*details[0]["loc"], *_named_field(details[0]))) or None)
 
 
 def _words(schema: type[RequestModel], detail: Any) -> str:
@@ -133,7 +133,7 @@ def _fields_at(schema: type[RequestModel], loc: tuple[Any, ...]) -> list[str]:
         if isinstance(part, int) or part not in model.model_fields:
             continue
         model = next((kind for kind in _models_in(model.model_fields[part].annotation)), model)
-    return sorted(model.model_fields)
+    return sorted(field.alias or name for name, field in model.model_fields.items())
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -151,10 +151,23 @@ def _drop(value: Any, path: tuple[Any, ...]) -> None:
 
 
 def body_docs(schema: type[BaseModel]) -> dict[str, Any]:
-    """`openapi_extra` of a route whose body is `schema`. Its definitions are collected by api.app."""
+    """`openapi_extra` of a route whose body is `schema`. Its definitions are collected by api.openapi."""
     return {
         "requestBody": {
             "required": True,
             "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}}},
         }
     }
+
+
+def stream_docs(schema: type[BaseModel], description: str) -> dict[str, Any]:
+    """An entry of a route's `responses` for server-sent events whose data is `schema` (OpenAPI 3.2's form). api.openapi collects its
+    definition."""
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"$ref": f"#/components/schemas/{schema.__name__}"}}
+    event = {"type": "object", "required": ["data"], "properties": {"data": data}}
+    return {"description": description, "content": {"text/event-stream": {"schema": event}}}
+
+
+def error_content(schema: type[BaseModel]) -> dict[str, Any]:
+    """`content` of an error's entry in a route's `responses`, where the route itself answers no JSON."""
+    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}}}

@@ -22,18 +22,21 @@ from server.ipc.messages import (
     Abort,
     AdapterEvent,
     Died,
+    Forget,
     FromEngine,
     Heartbeat,
+    Pin,
     Prefetch,
     Ready,
     Shutdown,
     Starting,
     StepOutputs,
     Submit,
+    Unpin,
 )
 from server.ipc.sockets import EngineSocket, PeerLost
 from server.metrics import Metrics
-from server.types import AdapterRef, EngineOptions, EngineRequest, SequenceOutput
+from server.types import EngineOptions, EngineRequest, SequenceOutput
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +77,8 @@ class EngineClient:
         self._death = ""
         self.ready: Ready | None = None
         self.last_ready: Ready | None = None  # of the engine before, while a new one starts
+        self.on_ready: Callable[[], None] = lambda: None
+        self.on_adapter: Callable[[AdapterEvent], None] = lambda event: None
 
     # -- life ---------------------------------------------------------------------------------------------------------------------
 
@@ -232,8 +237,12 @@ class EngineClient:
                 self._phase = "ready"
                 self._became_ready.set()
                 self._metrics.engine_up.set(1)
+                self.on_ready()
                 log.info("engine ready on %s after %.1f s", message.device, time.monotonic() - self._started_at)
-            case AdapterEvent(state=state):
+            case AdapterEvent(state=state, load_s=load_s):
+                self.on_adapter(message)
+                if state in ("host", "device") and load_s:
+                    self._metrics.adapter_load.labels(tier=state).observe(load_s)
                 self._metrics.adapter_states.labels(state=state if state in _STATES else "failed").inc()
             case Died(reason=reason):
                 self._death = f"the engine stopped: {reason}"
@@ -243,11 +252,11 @@ class EngineClient:
         for waiting in self._open.values():
             waiting.put_nowait(error)
 
-    def prefetch(self, adapter: AdapterRef) -> None:
-        """Ask the engine to read an adapter ahead of its first request. Without effect while there is no engine."""
+    def tell(self, message: Prefetch | Forget | Pin | Unpin) -> None:
+        """Send what needs no answer. Without effect while there is no engine."""
         if self.ready is not None and self._socket is not None:
             with suppress(PeerLost):
-                self._socket.send(Prefetch(adapter))
+                self._socket.send(message)
 
     async def submit(self, request: EngineRequest) -> AsyncGenerator[SequenceOutput, None]:
         """The outputs of one sequence; the last one has a finish_reason "length" or "stop". Closing the generator aborts the sequence.
@@ -285,5 +294,5 @@ def _unless_failed(output: SequenceOutput | ServerError) -> SequenceOutput:
     if output.finish_reason == "error":
         kind = getattr(server.errors, output.error_kind or "", GenerationFailed)
         known = isinstance(kind, type) and issubclass(kind, ServerError)
-        raise (kind if known else GenerationFailed)(output.error or "unknown error")
+        raise (kind if known else GenerationFailed)(output.error or "unknown error", param=output.error_param)
     return output

@@ -14,7 +14,7 @@ import msgspec
 
 from server.api.adapters import ResolvedAdapter
 from server.api.engine import EngineClient
-from server.api.sampling import Limits
+from server.api.sampling import Limits, too_long
 from server.api.sequence import TextSequence, Token, follow
 from server.api.text.tokenizer import Tokenizer
 from server.errors import ValidationFailed
@@ -140,13 +140,11 @@ def fit(prompt: Sequence[int], max_new_tokens: int | None, limits: Limits, *, pr
     if prompt_len == 0:
         raise ValidationFailed(f"`{prompt_name}` cannot be empty", param=prompt_name)
     if max_new_tokens is not None and prompt_len + max_new_tokens > limits.max_total_tokens:
-        raise ValidationFailed(
+        raise too_long(
             f"`{prompt_name}` tokens + `{max_name}` must be <= {limits.max_total_tokens}. "
             f"Given: {prompt_len} `{prompt_name}` tokens and {max_new_tokens} `{max_name}`",
-            param=prompt_name,
+            prompt_name,
         )
     if prompt_len > limits.max_input_length:
-        raise ValidationFailed(
-            f"`{prompt_name}` must have less than {limits.max_input_length} tokens. Given: {prompt_len}", param=prompt_name
-        )
+        raise too_long(f"`{prompt_name}` must have less than {limits.max_input_length} tokens. Given: {prompt_len}", prompt_name)
     return max_new_tokens if max_new_tokens is not None else limits.max_total_tokens - prompt_len

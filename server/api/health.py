@@ -4,30 +4,46 @@ Owns no state; the engine client, the settings and the metrics do.
 """
 
 import asyncio
-import logging
-from typing import Any
+import uuid
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server import __version__
-from server.api.body import body_docs, read_body
+from server.api.body import body_docs, error_content, read_body
+from server.api.generation import Generation, Plan
+from server.api.metrics_json import as_json
 from server.api.sampling import refuse
-from server.api.schemas_native import TokenizeRequest, TokenizeResponse
+from server.api.schemas_native import ERRORS, ErrorResponse, TokenizeRequest, TokenizeResponse
+from server.api.schemas_openai import OpenAIError
 from server.api.state import Api, ApiState
-from server.api.stream import json_response
-from server.errors import ServerError
+from server.api.stream import json_response, native_error, unless_gone
+from server.errors import AdapterNotFound, ServerError
 from server.metrics import CONTENT_TYPE
 from server.sources import FACTORIES
+from server.types import SamplingParams
 
-log = logging.getLogger(__name__)
 router = APIRouter(tags=["server"])
+_METRICS: dict[str, Any] = {
+    "content": {
+        "text/plain": {"schema": {"type": "string"}, "example": "lorax_request_count 12.0\n"},
+        "application/json": {"schema": {"type": "object"}},
+    }
+}
+_PROBE: dict[str, Any] = {
+    "response_class": Response,
+    "responses": {
+        200: {"description": "Well; the body is empty."},
+        503: {"description": "Not well; `error` says why.", "content": error_content(ErrorResponse)},
+    },
+}
 _ENGINE_FACTS = ("device", "num_blocks", "block_size", "adapter_bytes", "start_s", "versions")
 
 
-@router.get("/health", summary="200 while the engine answers, else 503 with the reason")
-@router.get("/ping", summary="SageMaker's name of /health")
-@router.get("/", summary="LoRAX's other name of /health")
+@router.get("/health", summary="200 while the engine answers, else 503 with the reason", **_PROBE)
+@router.get("/ping", summary="SageMaker's name of /health", **_PROBE)
+@router.get("/", summary="LoRAX's other name of /health", **_PROBE)
 async def health(api: ApiState) -> Response:
     """The engine's heartbeat, not the web server's: the step loop must have moved on within its deadline."""
     reason = "the server is shutting down" if api.admission.draining else api.engine.unhealthy_reason()
@@ -36,7 +52,30 @@ async def health(api: ApiState) -> Response:
     return json_response({"error": f"unhealthy: {reason}", "error_type": "healthcheck"}, status=503, headers={"retry-after": "1"})
 
 
-@router.get("/info")
+@router.get(
+    "/startup",
+    response_class=Response,
+    responses={
+        200: {"description": "Ready; the body is empty."},
+        500: {"description": "No token came; `error` says why.", "content": error_content(ErrorResponse)},
+    },
+)
+async def startup(request: Request, api: ApiState) -> Response:
+    """200 once a token has been generated through the whole queue: a probe for a start, not for each second."""
+    try:
+        with api.admission.admitted(1):
+            token_ids = api.model.tokenizer.encode("liveness", add_special_tokens=False)
+            plan = Plan(
+                request_id=f"startup-{uuid.uuid4().hex}", prompts=[token_ids], max_new_tokens=[1], tokenizer=api.model.tokenizer,
+                params=SamplingParams(max_new_tokens=1),
+            )  # fmt: skip
+            await unless_gone(request, Generation(plan, api.engine).run())
+    except ServerError as error:
+        return json_response(native_error(error)[1], status=500)  # LoRAX's status, whatever it is
+    return Response(status_code=200)
+
+
+@router.get("/info", response_model=dict[str, Any])
 async def info(api: ApiState) -> Response:
     """LoRAX's keys, and what the engine decided."""
     settings, ready, limits = api.settings, api.engine.last_ready, api.limits()
@@ -51,11 +90,16 @@ async def info(api: ApiState) -> Response:
         "max_stop_sequences": settings.max_stop_sequences,
         "max_input_length": limits.max_input_length,
         "max_total_tokens": limits.max_total_tokens,
+        "waiting_served_ratio": None,  # no prompt waits for a batch to end
         "max_batch_total_tokens": ready.num_blocks * ready.block_size if ready is not None else None,
+        "max_waiting_tokens": None,
+        "validation_workers": None,  # checks run in the event loop, long texts in threads
+        "eager_prefill": True,  # prompts join the next step
         "max_batch_prefill_tokens": settings.max_batch_prefill_tokens,
         "version": __version__,
         "sha": None,
         "docker_label": None,
+        "request_logger_url": None,
         "architecture": api.model.architecture,
         "adapter_source": api.source(None),
         "adapter_sources": sorted(FACTORIES),
@@ -64,29 +108,40 @@ async def info(api: ApiState) -> Response:
     return json_response(answer)
 
 
-@router.get("/metrics")
-async def metrics(api: ApiState) -> Response:
-    """Prometheus' text format."""
+@router.get("/metrics", response_class=Response, responses={200: _METRICS, 422: {"model": ErrorResponse}})
+async def metrics(request: Request, api: ApiState, format: Literal["text", "json"] | None = None) -> Response:
+    """Prometheus' text format; LoRAX's JSON where `Accept` says application/json, or with `?format=json`."""
+    wants_json = format == "json" or (format is None and "application/json" in request.headers.get("accept", ""))
+    if wants_json:
+        return json_response(as_json(api.metrics.render()))
     return Response(api.metrics.render(), headers={"content-type": CONTENT_TYPE})
 
 
 @router.get("/v1/models")
 async def models(api: ApiState) -> Response:
     """The base, and the adapters of the default source by the ids that `model` takes."""
-    try:
-        listed = await api.adapters.list_ids(api.source(None))
-    except ServerError as error:  # the base can be called all the same
-        log.warning("the adapters cannot be listed: %s", error.message)
-        listed = []
+    listed = api.publisher.registry.listed(api.source(None), await api.source_ids())
     base = _model(api, api.model.name, None)
     return json_response({"object": "list", "data": [base, *(_model(api, adapter_id, api.model.name) for adapter_id in listed)]})
 
 
+@router.get("/v1/models/{name:path}", responses={404: {"model": OpenAIError, "description": "There is no such model."}})
+async def model(name: str, api: ApiState) -> Response:
+    """One of /v1/models; the base by any of its names."""
+    if name in api.model.names:
+        return json_response(_model(api, api.model.name, None))
+    source = api.source(None)
+    if name not in api.publisher.registry.listed(source, await api.source_ids()):
+        raise AdapterNotFound(f"Adapter '{name[:256]}' was not found in source '{source}'")
+    return json_response(_model(api, name, api.model.name))
+
+
 def _model(api: Api, name: str, parent: str | None) -> dict[str, Any]:
+    version = api.publisher.registry.entry(name).version if parent is not None else None
     return {
         "id": name,
         "object": "model",
-        "created": api.started_at,
+        "created": version.published_at if version is not None else api.started_at,
         "owned_by": "manylora",
         "root": api.model.name,
         "parent": parent,
@@ -94,7 +149,7 @@ def _model(api: Api, name: str, parent: str | None) -> dict[str, Any]:
     }
 
 
-@router.post("/tokenize", response_model=list[TokenizeResponse], openapi_extra=body_docs(TokenizeRequest))
+@router.post("/tokenize", response_model=list[TokenizeResponse], responses=ERRORS, openapi_extra=body_docs(TokenizeRequest))
 async def tokenize(request: Request, api: ApiState) -> Response:
     """The base tokenizer's tokens of a text that could be a prompt."""
     api.admission.check()
@@ -102,7 +157,9 @@ async def tokenize(request: Request, api: ApiState) -> Response:
     body = await read_body(request, TokenizeRequest, max_bytes=settings.max_body_bytes, ignore_unknown=settings.lorax_strict)
     api.check_chars(tokenizer, body.inputs, "inputs")
     with api.admission.admitted(1):
-        tokens = await asyncio.to_thread(tokenizer.encode_with_offsets, body.inputs, add_special_tokens=body.add_special_tokens)
+        tokens = await asyncio.to_thread(
+            tokenizer.encode_with_offsets, body.inputs, add_special_tokens=body.add_special_tokens is not False
+        )
     if len(tokens) > (max_len := api.limits().max_input_length):
         raise refuse(f"`inputs` must have less than {max_len} tokens. Given: {len(tokens)}", "inputs")
     return json_response([{"id": id, "text": text, "start": start, "stop": stop} for id, text, start, stop in tokens])

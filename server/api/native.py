@@ -1,4 +1,4 @@
-"""LoRAX's generating routes: /generate, /generate_stream, and / for both.
+"""LoRAX's generating routes: /generate, /generate_stream, and / (SageMaker: /invocations) for both.
 
 Owns what a native request means: LoRAX's order of checks, its defaults, its answers. The way to the engine is api.generation's.
 """
@@ -13,19 +13,20 @@ from starlette.responses import Response
 
 from server.adapters.merge import check_merge
 from server.api.adapters import AdapterSelection, Merge, ResolvedAdapter
-from server.api.body import body_docs, read_body
+from server.api.body import body_docs, read_body, stream_docs
 from server.api.generation import Generation, Plan, fit
 from server.api.record import Record
 from server.api.render_native import details_of, stream_event
 from server.api.sampling import Wishes, check_best_of, check_wishes, refuse, to_params
-from server.api.schemas_native import ErrorResponse, GenerateParameters, GenerateRequest, GenerateResponse
+from server.api.schemas_native import ERRORS, GenerateParameters, GenerateRequest, GenerateResponse, StreamEvent
 from server.api.state import Api, ApiState
 from server.api.stream import EventStream, event, json_response, native_error, unless_gone
+from server.api.structured import chosen_grammar
 from server.api.text.tokenizer import Tokenizer
 from server.settings import Settings
 
 router = APIRouter(tags=["native"])
-_ERRORS: dict[int | str, Any] = {status: {"model": ErrorResponse} for status in (400, 413, 415, 422, 424, 429, 500, 503)}
+_EVENTS = stream_docs(StreamEvent, "One event a token; an error is an event too, with LoRAX's error as its data.")
 
 
 @dataclass(frozen=True)
@@ -39,21 +40,28 @@ class _Job:
     samples: bool
 
 
-@router.post("/generate", response_model=GenerateResponse, responses=_ERRORS, openapi_extra=body_docs(GenerateRequest))
+@router.post("/generate", response_model=GenerateResponse, responses=ERRORS, openapi_extra=body_docs(GenerateRequest))
 async def generate(request: Request, api: ApiState) -> Response:
     """Generate, and answer when it is done."""
     record = Record(api.metrics, request.url.path, api.model.name)
     return await _answer(request, api, await _read(request, api, record), record, as_list=False)
 
 
-@router.post("/generate_stream", response_model=None, responses=_ERRORS, openapi_extra=body_docs(GenerateRequest))
+@router.post("/generate_stream", response_model=None, responses=ERRORS | {200: _EVENTS}, openapi_extra=body_docs(GenerateRequest))
 async def generate_stream(request: Request, api: ApiState) -> Response:
     """Generate, and send each token as a server-sent event."""
     record = Record(api.metrics, request.url.path, api.model.name)
     return _stream(request, api, await _read(request, api, record), record)
 
 
-@router.post("/", response_model=list[GenerateResponse], responses=_ERRORS, openapi_extra=body_docs(GenerateRequest))
+@router.post(
+    "/invocations",
+    summary="SageMaker's name of /",
+    response_model=list[GenerateResponse],
+    responses=ERRORS | {200: _EVENTS},
+    openapi_extra=body_docs(GenerateRequest),
+)
+@router.post("/", response_model=list[GenerateResponse], responses=ERRORS | {200: _EVENTS}, openapi_extra=body_docs(GenerateRequest))
 async def generate_compat(request: Request, api: ApiState) -> Response:
     """/generate_stream if `stream` is true, else /generate with the answer in a list of one."""
     record = Record(api.metrics, request.url.path, api.model.name)
@@ -64,7 +72,8 @@ async def generate_compat(request: Request, api: ApiState) -> Response:
 async def _read(request: Request, api: Api, record: Record) -> GenerateRequest:
     settings = api.settings
     with record.failures():
-        api.admission.check()
+        if not settings.lorax_strict:  # LoRAX reads the body first, and says of a stream that it is overloaded in an event
+            api.admission.check()
         return await read_body(request, GenerateRequest, max_bytes=settings.max_body_bytes, ignore_unknown=settings.lorax_strict)
 
 
@@ -79,6 +88,7 @@ async def _answer(request: Request, api: Api, body: GenerateRequest, record: Rec
                 answer["details"] = details_of(
                     job.generation, best, rest, job.tokenizer, samples=job.samples,
                     num_alternatives=parameters.return_k_alternatives or 0, show_prompt=parameters.decoder_input_details,
+                    length_first=api.settings.lorax_strict,
                 )  # fmt: skip
             record.succeeded()
             return json_response([answer] if as_list else answer, headers=record.headers(api.compute_type))
@@ -94,7 +104,7 @@ def _stream(request: Request, api: Api, body: GenerateRequest, record: Record) -
                     yield event(
                         stream_event(
                             job.generation, sequence, token, job.tokenizer,
-                            parameters=job.parameters, samples=job.samples, prompt=job.prompt,
+                            parameters=job.parameters, samples=job.samples, prompt=job.prompt, length_first=api.settings.lorax_strict,
                         )
                     )  # fmt: skip
             record.succeeded()
@@ -112,8 +122,9 @@ def _stream(request: Request, api: Api, body: GenerateRequest, record: Record) -
 @asynccontextmanager
 async def _prepared(request: Request, api: Api, body: GenerateRequest, record: Record, *, stream: bool) -> AsyncIterator[_Job]:
     """The request checked, admitted and on its way to the engine; what goes wrong inside is recorded."""
-    parameters = body.parameters or GenerateParameters.model_validate({})
+    parameters = _read_as_lorax(body.parameters or GenerateParameters.model_validate({}), api.settings)
     with record.failures():
+        api.admission.check()
         wishes = _wishes(parameters, stream)
         _check(parameters, wishes, api, stream)
         selection = _select(parameters, api, lorax_bearer(request, api.settings))
@@ -144,12 +155,15 @@ async def _plan(
         tokenizer, text, prompt_name="inputs", truncated=parameters.truncate is not None,
         add_special_tokens=not parameters.apply_chat_template,
     )  # fmt: skip
-    ids = ids[-parameters.truncate :] if parameters.truncate is not None else ids
+    if parameters.truncate is not None and not api.settings.lorax_strict:  # LoRAX checks the whole prompt's length, and truncates then
+        ids = ids[-parameters.truncate :]
     max_new_tokens = fit(ids, parameters.max_new_tokens, api.limits(), prompt_name="inputs", max_name="max_new_tokens")
+    ids = ids[-parameters.truncate :] if parameters.truncate is not None else ids
     stop_ids = tuple(id for stop in parameters.stop if (id := tokenizer.special_id(stop)) is not None)
     eos_ids = () if parameters.ignore_eos_token else tokenizer.eos_ids
     params = to_params(
         wishes,
+        grammar=chosen_grammar(parameters.response_format, parameters.structured_outputs),
         stop_token_ids=(*eos_ids, *stop_ids, *parameters.stop_token_ids),
         max_new_tokens=max_new_tokens,
         num_logprobs=parameters.return_k_alternatives or 0,
@@ -163,6 +177,13 @@ async def _plan(
     generation = Generation(plan, api.engine)
     record.submitted(generation, len(prompt))
     return _Job(prompt, parameters, generation, tokenizer, wishes.samples)
+
+
+def _read_as_lorax(parameters: GenerateParameters, settings: Settings) -> GenerateParameters:
+    """Under lorax-strict: what LoRAX takes and ignores, or takes for something else."""
+    if not settings.lorax_strict:
+        return parameters
+    return parameters.model_copy(update={"apply_chat_template": False, "best_of": parameters.best_of or None})
 
 
 def _wishes(parameters: GenerateParameters, stream: bool) -> Wishes:
@@ -192,6 +213,8 @@ def _check(parameters: GenerateParameters, wishes: Wishes, api: Api, stream: boo
     if merged is not None and len(merged.ids) != len(merged.weights):
         raise refuse("number of adapter IDs must match number of adapter weights", "merged_adapters.weights")
     check_wishes(wishes, api.limits())
+    if parameters.watermark:
+        raise refuse("`watermark` is not supported: its marks could only be found on a machine of the same kind", "watermark")
 
 
 def _select(parameters: GenerateParameters, api: Api, bearer: str | None) -> AdapterSelection | None:

@@ -1,7 +1,7 @@
 """POST /v1/chat/completions: messages in, the assistant's turn out, as OpenAI's API has it.
 
-Owns the messages' way through the chat template and the chat form of log probabilities. An adapter that brings a template is asked
-with its own.
+Owns the messages' way through the chat template, the turn's way back and the chat form of log probabilities. An adapter that brings a
+template is asked with its own. What tools mean is api.tools'.
 """
 
 from collections.abc import AsyncGenerator, Sequence
@@ -13,24 +13,27 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.api.adapters import ResolvedAdapter
-from server.api.body import body_docs, read_body
+from server.api.body import body_docs, read_body, stream_docs
 from server.api.generation import fit
 from server.api.openai_common import Job, Prompts, check_common, event_stream, finish_of, prepared, recorded, usage_of
 from server.api.openai_completions import finite
 from server.api.record import Record
 from server.api.sampling import Wishes, refuse
-from server.api.schemas_openai import ChatRequest, ChatResponse, Message, OpenAIError
+from server.api.schemas_openai import OPENAI_ERRORS, ChatChunk, ChatRequest, ChatResponse
 from server.api.sequence import TextSequence, Token
 from server.api.state import Api, ApiState
 from server.api.stream import DONE, event, json_response, unless_gone
+from server.api.structured import chosen_grammar
 from server.api.text.tokenizer import Tokenizer
+from server.api.tools import Answer, ToolUse, check_tools, template_messages, template_tools, use_tools
+from server.types import GrammarSpec
 
 router = APIRouter(tags=["openai"])
-_ERRORS: dict[int | str, Any] = {status: {"model": OpenAIError} for status in (400, 404, 413, 415, 424, 429, 500, 503)}
-_RESERVED = ("messages", "bos_token", "eos_token", "tools", "documents", "add_generation_prompt")
+_RESPONSES = OPENAI_ERRORS | {200: stream_docs(ChatChunk, "With `stream`: one event a piece, the last one is [DONE].")}
+_RESERVED = ("messages", "bos_token", "eos_token", "tools", "documents", "guideline", "add_generation_prompt")
 
 
-@router.post("/v1/chat/completions", response_model=ChatResponse, responses=_ERRORS, openapi_extra=body_docs(ChatRequest))
+@router.post("/v1/chat/completions", response_model=ChatResponse, responses=_RESPONSES, openapi_extra=body_docs(ChatRequest))
 async def chat(request: Request, api: ApiState) -> Response:
     """Answer a chat."""
     settings, record = api.settings, Record(api.metrics, request.url.path, api.model.name)
@@ -58,19 +61,58 @@ async def _events(request: Request, api: Api, body: ChatRequest, record: Record)
         def chunk(sequence: TextSequence, delta: dict[str, Any], logprobs: Any = None, finish: str | None = None) -> bytes:
             return event(envelope | {"choices": [{"index": sequence.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}]})
 
-        greeted: set[int] = set()
+        turns: dict[int, _Turn] = {}
         async for sequence, token in tokens:
-            if sequence.index not in greeted:
-                greeted.add(sequence.index)
-                yield chunk(sequence, {"role": "assistant", "content": ""})
-            if token.text or body.logprobs:
-                logprobs = {"content": logprobs_of(job.tokenizer, [token], body.top_logprobs or 0)} if body.logprobs else None
-                yield chunk(sequence, {"content": token.text}, logprobs)
+            if sequence.index not in turns:
+                turns[sequence.index] = _Turn(job.prompts.tools)
+                yield chunk(sequence, {"role": "assistant", "content": turns[sequence.index].first_content})
+            turn = turns[sequence.index]
+            deltas = turn.add(token, last=sequence.finish_reason is not None)
+            logprobs = {"content": logprobs_of(job.tokenizer, [token], body.top_logprobs or 0)} if body.logprobs else None
+            if logprobs and not deltas:
+                deltas = [{"content": ""}]
+            for delta in deltas:
+                yield chunk(sequence, delta, logprobs)
+                logprobs = None  # once a token
             if sequence.finish_reason is not None:
-                yield chunk(sequence, {}, finish=finish_of(sequence.finish_reason))
+                yield chunk(sequence, {}, finish=turn.finish_of(sequence))
         if with_usage:
             yield event(envelope | {"choices": [], "usage": usage_of(job.generation)})
         yield DONE
+
+
+class _Turn:
+    """One sequence as the assistant's turn: plain text, or read for calls of tools."""
+
+    def __init__(self, use: ToolUse | None) -> None:
+        self._use = use
+        self._reader = use.reader() if use is not None else None
+        self._answer = Answer(use) if use is not None else None
+
+    @property
+    def first_content(self) -> str | None:
+        """Of a stream's first chunk: None where nothing but calls can follow."""
+        return None if self._use is not None and self._use.forced else ""
+
+    def add(self, token: Token, *, last: bool) -> list[dict[str, Any]]:
+        """What the token adds, as a stream's deltas."""
+        if self._use is None or self._reader is None or self._answer is None:
+            return [{"content": token.text}] if token.text else []
+        pieces = self._reader.feed(self._use.text_of(token)) + (self._reader.finish() if last else [])
+        return [self._answer.add(piece) for piece in pieces]
+
+    def message(self, sequence: TextSequence) -> dict[str, Any]:
+        """The whole turn, of a finished sequence none of whose tokens was added yet."""
+        if self._answer is None:
+            return {"role": "assistant", "content": sequence.text}
+        for position, token in enumerate(sequence.tokens):
+            self.add(token, last=position == len(sequence.tokens) - 1)
+        return self._answer.message()
+
+    def finish_of(self, sequence: TextSequence) -> str | None:
+        """OpenAI's finish_reason: "tool_calls" only if the last call is complete."""
+        reason = finish_of(sequence.finish_reason)
+        return "tool_calls" if reason == "stop" and self._reader is not None and self._reader.num_calls > 0 else reason
 
 
 def _prepared(request: Request, api: Api, body: ChatRequest, record: Record) -> Any:
@@ -82,6 +124,8 @@ def _prepared(request: Request, api: Api, body: ChatRequest, record: Record) -> 
     for name in body.chat_template_kwargs or {}:
         if name in _RESERVED:
             raise refuse(f"`chat_template_kwargs` may not set {', '.join(_RESERVED)}. Given: {name}", "chat_template_kwargs")
+    check_tools(body)
+    grammar = chosen_grammar(body.response_format, body.structured_outputs)
     max_name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
     max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     wishes = check_common(
@@ -89,23 +133,24 @@ def _prepared(request: Request, api: Api, body: ChatRequest, record: Record) -> 
     )
     return prepared(
         request, api, body, record, samples=body.n or 1, num_prompts=1, wishes=wishes,
-        tokenize=partial(_tokenize, api, body, wishes), num_logprobs=(body.top_logprobs or 0) if body.logprobs else -1,
+        tokenize=partial(_tokenize, api, body, wishes, grammar), num_logprobs=(body.top_logprobs or 0) if body.logprobs else -1,
         num_prompt_logprobs=-1, id_prefix="chatcmpl",
     )  # fmt: skip
 
 
-async def _tokenize(api: Api, body: ChatRequest, wishes: Wishes, adapter: ResolvedAdapter | None) -> Prompts:
-    variables = {**(body.chat_template_kwargs or {}), "add_generation_prompt": body.add_generation_prompt}
-    text = await api.render_chat(adapter, [_message(message) for message in body.messages], variables)
-    ids = await api.encode(api.tokenizer(adapter), text, prompt_name="messages", add_special_tokens=False)
+async def _tokenize(api: Api, body: ChatRequest, wishes: Wishes, grammar: GrammarSpec | None, adapter: ResolvedAdapter | None) -> Prompts:
+    tokenizer = api.tokenizer(adapter)
+    use, template = use_tools(body, tokenizer, api.settings.tool_call_format, api.limits().vocab_size), tokenizer.chat_template or ""
+    variables = {
+        **(body.chat_template_kwargs or {}),
+        "add_generation_prompt": body.add_generation_prompt,
+        "tools": template_tools(use, template),
+        **({"guideline": body.guideline} if body.guideline is not None else {}),
+    }
+    text = await api.render_chat(adapter, template_messages(body.messages, use, template), variables)
+    ids = await api.encode(tokenizer, text, prompt_name="messages", add_special_tokens=False)
     room = fit(ids, wishes.max_new_tokens, api.limits(), prompt_name="messages", max_name=wishes.max_new_tokens_name)
-    return Prompts([ids], [text], [room])
-
-
-def _message(message: Message) -> dict[str, Any]:
-    """A message as templates know it."""
-    more = {"name": message.name, "tool_call_id": message.tool_call_id}
-    return {"role": message.role, "content": message.text or "", **{key: value for key, value in more.items() if value is not None}}
+    return Prompts([ids], [text], [room], use.grammar if use is not None else grammar, use)
 
 
 def _envelope(job: Job, kind: str) -> dict[str, Any]:
@@ -114,11 +159,12 @@ def _envelope(job: Job, kind: str) -> dict[str, Any]:
 
 def _choice(body: ChatRequest, job: Job, sequence: TextSequence) -> dict[str, Any]:
     logprobs = {"content": logprobs_of(job.tokenizer, sequence.tokens, body.top_logprobs or 0)} if body.logprobs else None
+    turn = _Turn(job.prompts.tools)
     return {
         "index": sequence.index,
-        "message": {"role": "assistant", "content": sequence.text},
+        "message": turn.message(sequence),
         "logprobs": logprobs,
-        "finish_reason": finish_of(sequence.finish_reason),
+        "finish_reason": turn.finish_of(sequence),
     }
 
 

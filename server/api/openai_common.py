@@ -22,6 +22,8 @@ from server.api.schemas_openai import ChatRequest, CompletionRequest
 from server.api.state import Api
 from server.api.stream import EventStream, openai_error
 from server.api.text.tokenizer import Tokenizer
+from server.api.tools import ToolUse
+from server.types import GrammarSpec
 
 Body = CompletionRequest | ChatRequest
 
@@ -33,6 +35,8 @@ class Prompts:
     ids: Sequence[Sequence[int]]
     texts: Sequence[str]
     max_new_tokens: Sequence[int]
+    grammar: GrammarSpec | None = None  # of all answers
+    tools: ToolUse | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,7 @@ async def prepared(
                 num_logprobs=num_logprobs,
                 raw_logprobs=True,
                 num_prompt_logprobs=num_prompt_logprobs,
+                grammar=prompts.grammar,
             )
             plan = Plan(
                 request_id=record.id, prompts=prompts.ids, max_new_tokens=prompts.max_new_tokens, params=params, tokenizer=tokenizer,

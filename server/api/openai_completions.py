@@ -12,26 +12,27 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.api.adapters import ResolvedAdapter
-from server.api.body import body_docs, read_body
+from server.api.body import body_docs, read_body, stream_docs
 from server.api.generation import fit
 from server.api.openai_common import Job, Prompts, check_common, event_stream, finish_of, prepared, recorded, usage_of
 from server.api.record import Record
 from server.api.render_native import with_chosen
 from server.api.sampling import Wishes, refuse
-from server.api.schemas_openai import CompletionRequest, CompletionResponse, OpenAIError
+from server.api.schemas_openai import OPENAI_ERRORS, CompletionChunk, CompletionRequest, CompletionResponse
 from server.api.sequence import TextSequence, Token
 from server.api.state import Api, ApiState
 from server.api.stream import DONE, event, json_response, unless_gone
+from server.api.structured import chosen_grammar
 from server.api.text.tokenizer import Tokenizer
-from server.types import Logprob
+from server.types import GrammarSpec, Logprob
 
 router = APIRouter(tags=["openai"])
 DEFAULT_MAX_TOKENS = 16
 MAX_PROMPTS = 256
-_ERRORS: dict[int | str, Any] = {status: {"model": OpenAIError} for status in (400, 404, 413, 415, 424, 429, 500, 503)}
+_RESPONSES = OPENAI_ERRORS | {200: stream_docs(CompletionChunk, "With `stream`: one event a piece, the last one is [DONE].")}
 
 
-@router.post("/v1/completions", response_model=CompletionResponse, responses=_ERRORS, openapi_extra=body_docs(CompletionRequest))
+@router.post("/v1/completions", response_model=CompletionResponse, responses=_RESPONSES, openapi_extra=body_docs(CompletionRequest))
 async def completions(request: Request, api: ApiState) -> Response:
     """Go on with a prompt, or with several."""
     settings, record = api.settings, Record(api.metrics, request.url.path, api.model.name)
@@ -91,10 +92,12 @@ def _prepared(request: Request, api: Api, body: CompletionRequest, record: Recor
     prompts = _prompts(body.prompt)
     if len(prompts) > MAX_PROMPTS:
         raise refuse(f"`prompt` takes up to {MAX_PROMPTS} prompts. Given: {len(prompts)}", "prompt")
+    grammar = chosen_grammar(body.response_format, body.structured_outputs)
     needs_logprobs = body.logprobs is not None or samples > (body.n or 1)
     return prepared(
         request, api, body, record, samples=samples, num_prompts=len(prompts), wishes=wishes,
-        tokenize=partial(_tokenize, api, prompts, wishes, bool(body.echo)), num_logprobs=(body.logprobs or 0) if needs_logprobs else -1,
+        tokenize=partial(_tokenize, api, prompts, wishes, bool(body.echo), grammar),
+        num_logprobs=(body.logprobs or 0) if needs_logprobs else -1,
         num_prompt_logprobs=body.logprobs if body.logprobs is not None and body.echo else -1, id_prefix="cmpl",
     )  # fmt: skip
 
@@ -109,7 +112,9 @@ def _prompts(prompt: Any) -> list[Any]:
     return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
 
 
-async def _tokenize(api: Api, prompts: Sequence[Any], wishes: Wishes, echo: bool, adapter: ResolvedAdapter | None) -> Prompts:
+async def _tokenize(
+    api: Api, prompts: Sequence[Any], wishes: Wishes, echo: bool, grammar: GrammarSpec | None, adapter: ResolvedAdapter | None
+) -> Prompts:
     """Texts in one go; token ids are looked at, and decoded for the echo, once they are known to be few enough."""
     tokenizer, limits = api.tokenizer(adapter), api.limits()
     are_texts = isinstance(prompts[0], str)
@@ -119,8 +124,8 @@ async def _tokenize(api: Api, prompts: Sequence[Any], wishes: Wishes, echo: bool
     if wrong is not None:
         raise refuse(f"`prompt` token ids must be from 0 to {tokenizer.num_ids - 1}. Given: {str(wrong)[:32]}", "prompt")
     if are_texts or not echo:
-        return Prompts(ids, prompts if are_texts else [""] * len(ids), rooms)
-    return Prompts(ids, [tokenizer.decode(prompt, skip_special_tokens=False) for prompt in ids], rooms)
+        return Prompts(ids, prompts if are_texts else [""] * len(ids), rooms, grammar)
+    return Prompts(ids, [tokenizer.decode(prompt, skip_special_tokens=False) for prompt in ids], rooms, grammar)
 
 
 def _envelope(job: Job) -> dict[str, Any]:

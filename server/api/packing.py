@@ -3,6 +3,7 @@
 Owns the way (fetch, pack, merge, tokenizer), and the second try when the store's copy turns out to be damaged. Remembers nothing itself.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from server.api.selection import AdapterSelection, Merge
 from server.api.text.tokenizer import Tokenizer
 from server.errors import AdapterRefused, SourceUnavailable
 from server.sources import Snapshot, Source, SourceChanged, Store, StoredAdapter
+from server.sources.selection import CONFIG_NAME
 from server.types import AdapterRef, BaseLayout
 
 Result = TypeVar("Result")
@@ -23,11 +25,14 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Packed:
-    """What became of a selection. `snapshots` are those that were taken in the end; `own` is the adapter's digest and tokenizer."""
+    """What became of a selection. `snapshots` are those that were taken in the end; `own` is the digest and tokenizer that it brings,
+    `base_name` the model that its config names."""
 
     ref: AdapterRef
     snapshots: tuple[Snapshot, ...]
+    rank: int
     own: tuple[str, Tokenizer] | None = None
+    base_name: str | None = None
 
 
 class AdapterPacker:
@@ -48,15 +53,16 @@ class AdapterPacker:
             stored[index], ref = self._healed(source, stored[index], selection.api_token, pack)
             refs.append(ref)
         if selection.merge is not None:
-            return Packed(self._merge(selection.merge, refs, layout), tuple(one.snapshot for one in stored))
-        num_rows = read_header(Path(refs[0].path))[0].vocab_size
+            merged = self._merge(selection.merge, refs, layout)
+            return Packed(merged, tuple(one.snapshot for one in stored), read_header(Path(merged.path))[0].max_rank)
+        header = read_header(Path(refs[0].path))[0]
 
         def load(one: StoredAdapter) -> tuple[str, Tokenizer] | None:
             with _naming(selection.adapter_id):
-                return self._tokenizers.load(one, num_rows)
+                return self._tokenizers.load(one, header.vocab_size)
 
         one, own = self._healed(source, stored[0], selection.api_token, load)
-        return Packed(refs[0], (one.snapshot,), own)
+        return Packed(refs[0], (one.snapshot,), header.max_rank, own, _base_name(one))
 
     def _healed(
         self, source: Source, stored: StoredAdapter, api_token: str | None, work: Callable[[StoredAdapter], Result]
@@ -100,6 +106,15 @@ def _naming(adapter_id: str) -> Iterator[None]:
         yield
     except AdapterRefused as refusal:
         raise AdapterRefused(f"Adapter '{adapter_id}': {refusal.message}", param=refusal.param) from refusal
+
+
+def _base_name(stored: StoredAdapter) -> str | None:
+    """The base that the adapter's config names. A fact for people; what fits is decided by shapes."""
+    try:
+        name = json.loads((stored.path / CONFIG_NAME).read_bytes()).get("base_model_name_or_path")
+    except (OSError, ValueError):  # replaced since: the pack is of what was read before
+        return None
+    return name[:200] if isinstance(name, str) else None
 
 
 def _pack_key(layout: BaseLayout) -> str:

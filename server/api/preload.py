@@ -6,6 +6,7 @@ import logging
 from server.api.adapters import AdapterSelection
 from server.api.state import Api
 from server.errors import ServerError
+from server.ipc.messages import Prefetch
 
 log = logging.getLogger(__name__)
 
@@ -23,5 +24,5 @@ async def _preload(api: Api) -> None:
         except ServerError as error:
             log.error("adapter %r was not preloaded: %s", adapter_id, error.message)
             continue
-        api.engine.prefetch(adapter.ref)
+        api.engine.tell(Prefetch(adapter.ref))
         log.info("adapter %r is preloaded", adapter_id)

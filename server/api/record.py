@@ -8,6 +8,8 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal
 
 from server.api.adapters import AdapterSelection
 from server.api.body import ClientGone
@@ -37,19 +39,57 @@ _CAUSES: tuple[tuple[type[ServerError], str], ...] = (
 )
 
 
+# The caller's trace context, W3C's headers; set before the route runs, if traces are made at all.
+TRACE_PARENT: ContextVar[Mapping[str, str] | None] = ContextVar("trace parent", default=None)
+
+
 class Record:
-    """One request from arrival to its last byte; ends exactly once."""
+    """One request from arrival to its last byte; ends exactly once. `status` and `outcome` say how, once it has."""
 
     def __init__(self, metrics: Metrics, route: str, model_name: str) -> None:
         self.id = uuid.uuid4().hex
+        self.route, self.model_name = route, model_name
+        self.status, self.outcome = 0, ""
+        self.trace_parent = TRACE_PARENT.get() or {}
         self.arrived_at = time.monotonic()
         self.submitted_at: float | None = None
-        self._metrics, self._route, self._model_name = metrics, route, model_name
+        self._metrics = metrics
         self._selection: AdapterSelection | None = None
         self._generation: Generation | None = None
         self._num_prompt_chars = 0
         self._ended = False
         metrics.request_count.inc()
+        metrics.underway[self.id] = self
+
+    @property
+    def adapter(self) -> str | None:
+        """The id of its adapter; None: the base, several merged, or not known yet."""
+        return self._selection.adapter_id or None if self._selection is not None else None
+
+    @property
+    def state(self) -> Literal["preparing", "waiting", "running"]:
+        """What it is waiting for."""
+        if self._generation is None:
+            return "preparing"
+        has_begun = any(sequence.first_token_at is not None for sequence in self._generation.sequences)
+        return "running" if has_begun else "waiting"
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """0 before it is tokenized."""
+        return self._generation.num_prompt_tokens if self._generation is not None else 0
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Of all its sequences, so far."""
+        return self._generation.num_generated_tokens if self._generation is not None else 0
+
+    def phases(self, now: float) -> list[tuple[str, float, float]]:
+        """What it waited for until `now`: (name, start, end), monotonic seconds."""
+        if self._generation is None or self.submitted_at is None:
+            return [("prepare", self.arrived_at, now)]
+        begun_at = min(now, self.submitted_at + max((one.queued_s for one in self._generation.sequences), default=0.0))
+        return [("prepare", self.arrived_at, self.submitted_at), ("queue", self.submitted_at, begun_at), ("generate", begun_at, now)]
 
     def chose(self, selection: AdapterSelection | None) -> None:
         """The request names this adapter."""
@@ -74,6 +114,11 @@ class Record:
         metrics.time_per_token.observe(times["per_output_token"])
         metrics.time_to_first_token.observe(times["first_token"])
         metrics.generated_tokens.observe(self._generation.num_generated_tokens)
+        if self._selection is not None:
+            metrics.adapters.succeeded(
+                *self._labels(self._selection), num_tokens=self._generation.num_generated_tokens,
+                first_token_s=times["first_token"], duration_s=times["total"],
+            )  # fmt: skip
         reasons = ",".join(sorted({sequence.finish_reason or "none" for sequence in self._generation.sequences}))
         self._end(200, f"finish={reasons}")
 
@@ -81,6 +126,8 @@ class Record:
         """Ended by `error`; anything but a ServerError is a fault of ours and is logged with its traceback."""
         if self._ended:
             return
+        if self._selection is not None:
+            self._metrics.adapters.failed(*self._labels(self._selection))
         if isinstance(error, ServerError):
             cause = next((cause for kind, cause in _CAUSES if isinstance(error, kind)), None)
             self._metrics.failed(cause or (error.error_type if error.error_type in ("validation", "generation") else "internal"))
@@ -102,15 +149,20 @@ class Record:
             self.failed(error)
             raise
 
+    @staticmethod
+    def _labels(selection: AdapterSelection) -> tuple[str, str]:
+        return selection.adapter_id or "_merged", selection.source
+
     def _end(self, status: int, outcome: str) -> None:
-        self._ended = True
+        self._ended, self.status, self.outcome = True, status, outcome
+        self._metrics.underway.pop(self.id, None)
         total_s = time.monotonic() - self.arrived_at
         self._metrics.request_duration.observe(total_s)
-        generation = self._generation
+        self._metrics.on_end(self)
         log.info(
-            "%s %s status=%d %s adapter=%s prompt_tokens=%d generated_tokens=%d total_ms=%d", self._route, self.id, status, outcome,
+            "%s %s status=%d %s adapter=%s prompt_tokens=%d generated_tokens=%d total_ms=%d", self.route, self.id, status, outcome,
             _ascii(",".join(self._selection.ids)) if self._selection is not None else "-",
-            generation.num_prompt_tokens if generation else 0, generation.num_generated_tokens if generation else 0, total_s * 1000,
+            self.num_prompt_tokens, self.num_generated_tokens, total_s * 1000,
         )  # fmt: skip
 
     def _times(self) -> dict[str, float]:
@@ -157,7 +209,7 @@ class Record:
         headers = {
             "x-compute-type": compute_type,
             "x-compute-characters": str(self._num_prompt_chars),
-            "x-model-id": _ascii(self._model_name),
+            "x-model-id": _ascii(self.model_name),
             "x-request-id": self.id,
         }
         if self._selection is not None:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from server.api.generation import Generation
 from server.api.schemas_native import GenerateParameters
 from server.api.sequence import TextSequence, Token
@@ -21,27 +23,32 @@ def details_of(
     samples: bool,
     num_alternatives: int,
     show_prompt: bool,
+    length_first: bool,
 ) -> dict[str, Any]:
-    """`details` of a whole answer; `rest` are best_of's others."""
+    """`details` of a whole answer; `rest` are best_of's others. `length_first`: see `finish_reason_of`."""
+    options = (tokenizer, samples, num_alternatives, show_prompt, length_first)
     details = {
-        **_sequence(generation, best, tokenizer, samples, num_alternatives, show_prompt),
+        **_sequence(generation, best, *options),
         "prompt_tokens": generation.num_prompt_tokens,
         "skipped_tokens": 0,
     }
     if rest:
-        others = [
-            {"generated_text": other.text, **_sequence(generation, other, tokenizer, samples, num_alternatives, show_prompt)}
-            for other in rest
-        ]
+        others = [{"generated_text": other.text, **_sequence(generation, other, *options)} for other in rest]
         details["best_of_sequences"] = others
     return details
 
 
 def _sequence(
-    generation: Generation, sequence: TextSequence, tokenizer: Tokenizer, samples: bool, num_alternatives: int, show_prompt: bool
+    generation: Generation,
+    sequence: TextSequence,
+    tokenizer: Tokenizer,
+    samples: bool,
+    num_alternatives: int,
+    show_prompt: bool,
+    length_first: bool,
 ) -> dict[str, Any]:
     return {
-        "finish_reason": sequence.finish_reason,
+        "finish_reason": finish_reason_of(generation, sequence, length_first),
         "generated_tokens": len(sequence.tokens),
         "seed": _seed(generation, sequence) if samples else None,
         "prefill": prefill_of(sequence, tokenizer) if show_prompt else [],
@@ -58,13 +65,14 @@ def stream_event(
     parameters: GenerateParameters,
     samples: bool,
     prompt: str,
+    length_first: bool,
 ) -> dict[str, Any]:
     """One token's event; the last one carries the whole text."""
     last = sequence.finish_reason is not None
     details = None
     if last and parameters.details:
         details = {
-            "finish_reason": sequence.finish_reason,
+            "finish_reason": finish_reason_of(generation, sequence, length_first),
             "prompt_tokens": generation.num_prompt_tokens,
             "generated_tokens": len(sequence.tokens),
             "seed": _seed(generation, sequence) if samples else None,
@@ -74,6 +82,12 @@ def stream_event(
         "generated_text": (prompt if parameters.return_full_text else "") + sequence.text if last else None,
         "details": details,
     }
+
+
+def finish_reason_of(generation: Generation, sequence: TextSequence, length_first: bool) -> str | None:
+    """Why it ended. If the last token that was allowed also ends the text, that is the reason; LoRAX (`length_first`) says "length"."""
+    max_new_tokens = generation.plan.max_new_tokens[sequence.index // generation.plan.samples]
+    return "length" if length_first and len(sequence.tokens) == max_new_tokens else sequence.finish_reason
 
 
 def token_of(token: Token, tokenizer: Tokenizer, num_alternatives: int) -> dict[str, Any]:
@@ -114,4 +128,5 @@ def _seed(generation: Generation, sequence: TextSequence) -> int:
 
 
 def _number(value: float | None) -> float:
-    return _LOWEST if value is None else max(value, _LOWEST)
+    """As LoRAX prints it: the shortest digits that tell its float32 from the next one."""
+    return _LOWEST if value is None else float(str(np.float32(max(value, _LOWEST))))

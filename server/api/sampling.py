@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from server.errors import ValidationFailed
-from server.types import SamplingParams
+from server.types import GrammarSpec, SamplingParams
 
 MAX_STOP_CHARS = 1000
 # float32 takes no smaller and no larger ones; nobody means them.
@@ -68,6 +68,13 @@ class Wishes:
 def refuse(message: str, param: str) -> ValidationFailed:
     """The error to raise for a field."""
     return ValidationFailed(message, param=param)
+
+
+def too_long(message: str, param: str) -> ValidationFailed:
+    """The error to raise for a prompt that leaves no room; OpenAI's clients know it by its code."""
+    error = refuse(message, param)
+    error.code = "context_length_exceeded"
+    return error
 
 
 def check_best_of(best_of: int | None, max_best_of: int, *, name: str = "best_of") -> None:
@@ -142,8 +149,9 @@ def _check_ids(wishes: Wishes, limits: Limits) -> None:
 
 
 def to_params(
-    wishes: Wishes, *, stop_token_ids: tuple[int, ...], max_new_tokens: int, num_logprobs: int, raw_logprobs: bool, num_prompt_logprobs: int
-) -> SamplingParams:
+    wishes: Wishes, *, stop_token_ids: tuple[int, ...], max_new_tokens: int, num_logprobs: int, raw_logprobs: bool,
+    num_prompt_logprobs: int, grammar: GrammarSpec | None = None,
+) -> SamplingParams:  # fmt: skip
     """The engine's parameters; a missing seed is drawn here, so that it can be told."""
     temperature = 1.0 if wishes.temperature is None else wishes.temperature
     seed = (wishes.seed if wishes.seed is not None else secrets.randbits(64)) % (1 << 64) if wishes.samples else 0
@@ -163,4 +171,5 @@ def to_params(
         num_logprobs=num_logprobs,
         raw_logprobs=raw_logprobs,
         num_prompt_logprobs=num_prompt_logprobs,
+        grammar=grammar,
     )

@@ -5,16 +5,19 @@ Owns shapes alone: bounds between fields are in api.sampling. What is known but 
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import FailFast, Field, SkipValidation, field_validator
+from pydantic import FailFast, Field, SkipValidation, field_validator, model_validator
 
 from server.api.schemas_common import RequestModel, ResponseModel
+from server.api.schemas_tools import MAX_TOOLS, PastCall, Tool, ToolCall, ToolChoice
+from server.api.structured import ResponseFormat, StructuredOutputs
 
-_NOT_YET = (" yet", (None,))
-_NO_GRAMMAR = (" yet (structured output)", (None, {"type": "text"}))
+_GUIDED = {name: ("; use `structured_outputs`", (None,)) for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar")}
 
 
 class StreamOptions(RequestModel):
     """What a stream brings besides the answer."""
+
+    not_served: ClassVar = {"include_obfuscation": ("", (None, False)), "continuous_usage_stats": ("", (None, False))}
 
     include_usage: bool = Field(False, description="End with a chunk that holds `usage`.")
 
@@ -36,6 +39,8 @@ class _Common(RequestModel):
     min_p: float | None = Field(None, description="0 to 1 (addition).")
     typical_p: float | None = Field(None, description="Above 0, below 1 (addition).")
     repetition_penalty: float | None = Field(None, description="> 0 (LoRAX's addition).")
+    response_format: ResponseFormat | None = Field(None, description="What the answer must look like; text is anything.")
+    structured_outputs: StructuredOutputs | None = Field(None, description="In place of `response_format` (vLLM's addition).")
     ignore_eos_token: bool = Field(False, description="Go on after the end token (LoRAX's addition).")
     stop_token_ids: list[int] = Field([], description="Stop after any of these tokens (addition).", max_length=64)
     adapter_source: str | None = Field(None, description="local, s3 or hub (LoRAX's addition).", max_length=64)
@@ -52,10 +57,7 @@ class _Common(RequestModel):
 class CompletionRequest(_Common):
     """A prompt, or several, to go on with."""
 
-    not_served: ClassVar = {
-        "suffix": (" (no fill-in-the-middle)", (None, "")),
-        "response_format": _NO_GRAMMAR,
-    }
+    not_served: ClassVar = {"suffix": (" (no fill-in-the-middle)", (None, "")), **_GUIDED}
 
     # Checked by _one_of_four alone: pydantic would try the branches in turn and make an error of each of a million ids.
     prompt: Annotated[str | list[str] | list[int] | list[list[int]], SkipValidation] = Field(
@@ -89,14 +91,22 @@ class Message(RequestModel):
     """One turn of the chat."""
 
     not_served: ClassVar = {
-        "tool_calls": (" yet", (None, [])), "function_call": (" yet", (None,)), "refusal": ("", (None,)), "audio": ("", (None,)),
-        "annotations": ("", (None, [])),
+        "function_call": ("; use `tool_calls`", (None,)), "refusal": ("", (None,)), "audio": ("", (None,)), "annotations": ("", (None, [])),
     }  # fmt: skip
 
     role: str = Field(description="system, user, assistant, or what else the template knows.", min_length=1, max_length=64)
     content: str | list[TextPart] | None = Field(None, description="A text, or a list of text parts.")
     name: str | None = Field(None, max_length=256)
-    tool_call_id: str | None = Field(None, max_length=256)
+    tool_calls: list[PastCall] | None = Field(None, description="Of an assistant's turn.", max_length=MAX_TOOLS)
+    tool_call_id: str | None = Field(None, description="Of a tool's turn: the call that it answers.", max_length=256)
+
+    @model_validator(mode="after")
+    def _check_role(self) -> "Message":
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("`tool_calls` are only allowed in a message of the role assistant")
+        if self.tool_call_id is not None and self.role != "tool":
+            raise ValueError("`tool_call_id` is only allowed in a message of the role tool")
+        return self
 
     @field_validator("content", mode="before")
     @classmethod
@@ -117,11 +127,11 @@ class ChatRequest(_Common):
     """A chat to go on with."""
 
     not_served: ClassVar = {
-        "tools": (" yet", (None, [])), "tool_choice": (" yet", (None, "none", "auto")), "functions": (" yet", (None, [])),
-        "function_call": _NOT_YET, "parallel_tool_calls": (" yet", (None, True, False)), "tool_prompt": _NOT_YET, "guideline": _NOT_YET,
-        "response_format": _NO_GRAMMAR, "modalities": ("; only text is", (None, ["text"])), "audio": ("", (None,)),
-        "prediction": ("", (None,)), "reasoning_effort": ("", (None,)), "web_search_options": ("", (None,)), "store": ("", (None, False)),
-        "service_tier": ("", (None, "auto", "default")),
+        "functions": ("; use `tools`", (None, [])), "function_call": ("; use `tool_choice`", (None,)),
+        "tool_prompt": ("; put it into a message", (None,)),
+        "modalities": ("; only text is", (None, ["text"])), "audio": ("", (None,)), "prediction": ("", (None,)),
+        "reasoning_effort": ("", (None,)), "verbosity": ("", (None,)), "web_search_options": ("", (None,)), "moderation": ("", (None,)),
+        "store": ("", (None, False)), "service_tier": ("", (None, "auto", "default")), "prompt_cache_options": ("", (None,)), **_GUIDED,
     }  # fmt: skip
 
     messages: list[Message] = Field(description="The turns so far.", min_length=1, max_length=4096)
@@ -129,9 +139,26 @@ class ChatRequest(_Common):
     max_completion_tokens: int | None = Field(None, description="Default: what the prompt leaves.")
     logprobs: bool | None = Field(None, description="Answer with the tokens' log probabilities.")
     top_logprobs: int | None = Field(None, description="Alternatives at each position; needs `logprobs`.", ge=0)
+    tools: list[Tool] | None = Field(None, description="Functions that the model may call.", max_length=MAX_TOOLS)
+    tool_choice: str | ToolChoice | None = Field(
+        None, description="auto (default), none, required, a function that must be called, or some that may; a plain name is LoRAX's form."
+    )
+    parallel_tool_calls: bool | None = Field(None, description="False: one call at most where calls are forced or strict.")
+    guideline: str | None = Field(None, description="A variable of the template (LoRAX's addition).", max_length=1 << 16)
     add_generation_prompt: bool = Field(True, description="End the prompt with the opening of the assistant's turn (addition).")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="More variables for the template (addition).")
     metadata: dict[str, str] | None = Field(None, description="Without effect.")
+    safety_identifier: str | None = Field(None, description="Without effect.")
+    prompt_cache_key: str | None = Field(None, description="Without effect: equal beginnings are always reused.")
+    prompt_cache_retention: str | None = Field(None, description="Without effect.")
+
+    @field_validator("tool_choice", mode="before")
+    @classmethod
+    def _known_choice(cls, value: Any) -> Any:
+        known = value is None or isinstance(value, str) or (isinstance(value, dict) and value.get("type") in ("function", "allowed_tools"))
+        if not known:
+            raise ValueError('must be "auto", "none", "required", or an object of the type function or allowed_tools')
+        return value
 
 
 class Usage(ResponseModel):
@@ -168,14 +195,15 @@ class CompletionResponse(ResponseModel):
 
 class ChatMessage(ResponseModel):
     role: Literal["assistant"]
-    content: str
+    content: str | None = Field(description="Null if there are calls and nothing else.")
+    tool_calls: list[ToolCall] = Field([], description="Absent without calls.")
 
 
 class ChatChoice(ResponseModel):
     index: int
     message: ChatMessage
     logprobs: dict[str, Any] | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
 
 
 class ChatResponse(ResponseModel):
@@ -189,6 +217,53 @@ class ChatResponse(ResponseModel):
     usage: Usage
 
 
+class CompletionChunk(ResponseModel):
+    """An event of a completion's stream."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice] = Field(description="Empty in the chunk that brings `usage`.")
+    usage: Usage | None = Field(None, description="Only with `stream_options`; null in all chunks but the last.")
+
+
+class DeltaFunction(ResponseModel):
+    name: str | None = Field(None, description="In a call's first piece alone.")
+    arguments: str = Field(description="Joined they are JSON.")
+
+
+class DeltaToolCall(ResponseModel):
+    index: int
+    id: str | None = Field(None, description="In a call's first piece alone, as `type` is.")
+    type: Literal["function"] | None = None
+    function: DeltaFunction
+
+
+class ChatDelta(ResponseModel):
+    role: Literal["assistant"] | None = Field(None, description="In the first chunk alone.")
+    content: str | None = None
+    tool_calls: list[DeltaToolCall] | None = None
+
+
+class ChatChunkChoice(ResponseModel):
+    index: int
+    delta: ChatDelta
+    logprobs: dict[str, Any] | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
+
+
+class ChatChunk(ResponseModel):
+    """An event of a chat's stream."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice] = Field(description="Empty in the chunk that brings `usage`.")
+    usage: Usage | None = Field(None, description="Only with `stream_options`; null in all chunks but the last.")
+
+
 class OpenAIErrorBody(ResponseModel):
     message: str
     type: str
@@ -200,3 +275,18 @@ class OpenAIError(ResponseModel):
     """OpenAI's errors."""
 
     error: OpenAIErrorBody
+
+
+OPENAI_ERRORS: dict[int | str, Any] = {
+    status: {"model": OpenAIError, "description": words}
+    for status, words in {
+        400: "The request is wrong: `param` is the field, the message what is allowed.",
+        404: "There is no such model.",
+        413: "The body is longer than the server reads.",
+        415: "The body is not said to be JSON.",
+        424: "The adapter cannot be had or applied, or the engine failed this request.",
+        429: "Too many requests are in flight: Retry-After says when to try again.",
+        500: "A fault of the server.",
+        503: "The engine is starting, gone or draining.",
+    }.items()
+}

@@ -18,6 +18,9 @@ class Merge:
     majority_sign_method: str = "total"
 
 
+NameKey = tuple[str, str, Merge | None]  # source, id, and for several merged ones (source, "", merge)
+
+
 @dataclass(frozen=True)
 class AdapterSelection:
     """What a request says: one adapter, or several merged. `api_token` is the caller's own, for sources that know callers."""
@@ -33,6 +36,11 @@ class AdapterSelection:
         return self.merge.ids if self.merge is not None else (self.adapter_id,)
 
     @property
+    def name_key(self) -> NameKey:
+        """What it names, whoever asks."""
+        return (self.source, self.adapter_id, self.merge)
+
+    @property
     def key(self) -> tuple[object, ...]:
         """Equal for requests that must get the same answer."""
         token = hashlib.sha256((self.api_token or "").encode("utf-8", errors="surrogatepass")).digest()
@@ -46,3 +54,5 @@ class ResolvedAdapter:
     ref: AdapterRef
     tokenizer: Tokenizer
     own_template: bool  # the chat template is a stranger's
+    rank: int = 0
+    base_name: str | None = None  # the model that its config names

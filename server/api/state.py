@@ -4,24 +4,30 @@ Owns nothing itself but the short steps that several routes share: adapter resol
 """
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
+from server.api.adapter_status import AdapterStatus
 from server.api.adapters import AdapterResolver, AdapterSelection, ResolvedAdapter
 from server.api.admission import Admission
 from server.api.base_model import ServedModel
 from server.api.engine import EngineClient
-from server.api.sampling import Limits, refuse
+from server.api.publishing import Publisher
+from server.api.sampling import Limits, too_long
 from server.api.text.template_worker import TemplateWorkers
 from server.api.text.templates import render
 from server.api.text.tokenizer import Tokenizer
-from server.errors import TemplateFailed, Unavailable, ValidationFailed
+from server.api.tracing import Traces
+from server.errors import ServerError, TemplateFailed, Unavailable, ValidationFailed
 from server.metrics import Metrics
 from server.settings import Settings
 from server.sources import canonical_name
+
+log = logging.getLogger(__name__)
 
 _INLINE_CHARS = 4096  # a longer text is tokenized in a thread
 
@@ -34,9 +40,12 @@ class Api:
     model: ServedModel
     engine: EngineClient
     adapters: AdapterResolver
+    publisher: Publisher
+    status: AdapterStatus
     templates: TemplateWorkers
     admission: Admission
     metrics: Metrics
+    traces: Traces | None
     started_at: int  # seconds since 1970
 
     @property
@@ -73,7 +82,16 @@ class Api:
         ready = self.engine.ready
         if ready is None:
             raise Unavailable(self.engine.unhealthy_reason() or "the engine is not ready", retry_after_s=5.0)
+        self.adapters.residency.hit(selection.name_key)
         return await self.adapters.resolve(selection, ready.layout)
+
+    async def source_ids(self) -> list[str]:
+        """Ids that the default source holds; none, and a line in the log, while it cannot be listed."""
+        try:
+            return await self.adapters.list_ids(self.source(None))
+        except ServerError as error:
+            log.warning("the adapters cannot be listed: %s", error.message)
+            return []
 
     def tokenizer(self, adapter: ResolvedAdapter | None) -> Tokenizer:
         """Of the adapter, or of the base."""
@@ -83,7 +101,7 @@ class Api:
         """Refuse, before the work of tokenizing, a text that is too long even if all its tokens were the longest one."""
         max_len = self.limits().max_input_length
         if len(text) > max_len * tokenizer.max_token_chars:
-            raise refuse(
+            raise too_long(
                 f"`{prompt_name}` must have less than {max_len} tokens. Given: {len(text)} characters, "
                 f"and no token has more than {tokenizer.max_token_chars}",
                 prompt_name,

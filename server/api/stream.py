@@ -62,13 +62,15 @@ def openai_error(error: ServerError) -> tuple[int, dict[str, Any]]:
         kind = "invalid_request_error"
     elif status == 429:
         kind, code = "rate_limit_error", "overloaded"
-    return status, {"error": {"message": error.message, "type": kind, "param": error.param, "code": code}}
+    return status, {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code or code}}
 
 
 def error_response(error: ServerError, dialect: Dialect) -> Response:
     """The error as a whole answer, with Retry-After where trying again may help."""
     status, body = dialect(error)
     headers = {"retry-after": str(max(1, round(error.retry_after_s)))} if error.retry_after_s is not None else {}
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
     return json_response(body, status=status, headers=headers)
 
 

@@ -24,6 +24,7 @@ from server.ipc.messages import (
     EngineStats,
     Forget,
     Heartbeat,
+    Pin,
     Prefetch,
     Ready,
     Shutdown,
@@ -31,6 +32,7 @@ from server.ipc.messages import (
     StepOutputs,
     Submit,
     ToEngine,
+    Unpin,
 )
 from server.ipc.sockets import ApiSocket, PeerLost, die_with_parent
 from server.types import EngineOptions
@@ -113,6 +115,10 @@ class EngineLoop:
                 self.core.tiers.prefetch(adapter)
             case Forget(adapter_hash):
                 self.core.tiers.forget(adapter_hash)
+            case Pin(adapter):
+                self.core.tiers.want(adapter)
+            case Unpin(adapter_hash):
+                self.core.tiers.unwant(adapter_hash)
             case Shutdown():
                 self.core.abort_all()
                 self.socket.send(StepOutputs(self.core.take_outputs()))

@@ -29,6 +29,18 @@ class Forget(msgspec.Struct, tag=True, frozen=True):
     hash: str
 
 
+class Pin(msgspec.Struct, tag=True, frozen=True):
+    """Bring an adapter into host memory and never evict it from there, until Unpin. Sent once for a hash; a new engine is told again."""
+
+    adapter: AdapterRef
+
+
+class Unpin(msgspec.Struct, tag=True, frozen=True):
+    """Undo Pin: the adapter may be evicted like any other. A Forget may come before (it takes effect now) or after."""
+
+    hash: str
+
+
 class Shutdown(msgspec.Struct, tag=True, frozen=True):
     """Stop at once; open requests end as aborted."""
 
@@ -74,6 +86,9 @@ class EngineStats(msgspec.Struct, frozen=True):
 
     num_running: int = 0
     num_waiting: int = 0
+    num_tokens: int = 0  # of all sequences, queued and running
+    max_tokens: int = 0  # that the KV blocks hold
+    max_batch_size: int = 0  # sequences of one step
     num_blocks_used: int = 0
     num_blocks: int = 0
     num_blocks_cached: int = 0  # holding a prefix that can be reused, in use or not
@@ -104,7 +119,7 @@ class Died(msgspec.Struct, tag=True, frozen=True):
     reason: str
 
 
-ToEngine = Submit | Abort | Prefetch | Forget | Shutdown
+ToEngine = Submit | Abort | Prefetch | Forget | Pin | Unpin | Shutdown
 FromEngine = Starting | Ready | StepOutputs | AdapterEvent | Heartbeat | Died
 
 _encoder = msgspec.msgpack.Encoder()

@@ -7,7 +7,7 @@ engine fill it in, and the result is logged once at start. `lorax` names the env
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, model_validator
 
 GiB = 1 << 30
 AUTO_TOTAL_TOKENS = 4096  # LoRAX's bound on what it takes from the model's config when nothing is said
@@ -50,6 +50,11 @@ class Settings(BaseModel):
     store_dir: Path | None = _set(None, "Adapters", "Fetched and packed adapters lie here; several servers may share it. Auto: ~/.cache.")
     store_max_bytes: ByteSize = _set(ByteSize(64 * GiB), "Adapters", "The least recently used go beyond this size.", gt=0)
 
+    registry_dir: Path | None = _set(
+        None, "Adapters", "Published names and their weights lie here; every server of a fleet shares it. Auto: registry/ in store-dir."
+    )
+    registry_poll_s: float = _set(1.0, "Adapters", "Look for what other servers published this often.", gt=0, le=60)
+
     model_bucket: str | None = _set(None, "Source s3", "Bucket of ids that name none; always allowed.", lorax="PREDIBASE_MODEL_BUCKET")
     model_folder: str | None = _set(None, "Source s3", "Folder of ids in model-bucket.", lorax="PREDIBASE_MODEL_FOLDER")
     allowed_buckets: list[str] = _set([], "Source s3", "Other buckets, or bucket/prefix, that a request may name (comma-separated).")
@@ -89,6 +94,15 @@ class Settings(BaseModel):
     num_blocks: int | None = _set(None, "Engine", "KV blocks; auto: from the memory that is free.", ge=1)
     kv_cache_bytes: ByteSize | None = _set(None, "Engine", "Memory for KV blocks, in place of num-blocks.", gt=0)
     prefix_caching: bool = _set(True, "Engine", "Reuse the KV blocks of equal prompt beginnings.", lorax="PREFIX_CACHING")
+    kernels: Literal["auto", "torch", "triton"] = _set(
+        "auto", "Engine", "How adapters are added: by torch alone, or by Triton kernels in one memory with the KV blocks; auto: by device."
+    )
+    attention: Literal["auto", "flashinfer", "sdpa"] = _set(
+        "auto", "Engine", "flashinfer, or torch's attention over gathered pages; auto: flashinfer where it has the model's kernels."
+    )
+    compile_layers: bool | None = _set(None, "Engine", "Compile the decoder's layers at start; auto: on a GPU.")
+    cuda_graphs: bool | None = _set(None, "Engine", "Capture decode steps at start and replay them; auto: with flashinfer.")
+    overlap: bool | None = _set(None, "Engine", "Launch a step before the last one's tokens are looked at; auto: on a GPU.")
     num_threads: int | None = _set(None, "Engine", "CPU threads of the engine; auto: torch's choice.", ge=1, le=1024)
     start_timeout_s: float = _set(1800.0, "Engine", "The engine must be ready by then.", gt=0)
     heartbeat_timeout_s: float = _set(5.0, "Engine", "Unhealthy when the engine is silent for longer.", gt=0)
@@ -96,13 +110,42 @@ class Settings(BaseModel):
 
     hostname: str = _set("127.0.0.1", "Server", "Address to listen on (LoRAX: 0.0.0.0). HOSTNAME is not read: shells set it.")
     port: int = _set(3000, "Server", "Port to listen on; 0 takes a free one.", lorax="PORT", ge=0, le=65535)
+    admin_key: SecretStr | None = _set(
+        None,
+        "Server",
+        "Bearer key of /v1/adapters; none: those routes are off. Set it in the environment or the file: flags are seen in ps.",
+        min_length=16,
+    )
+    root_path: str = _set(
+        "", "Server", "Prefix that a gateway leaves before our paths, as in /prod/generate; taken off if there.", pattern=r"^(/[\w.~-]+)*$"
+    )
+    cors_allow_origin: list[str] = _set(
+        [], "Server", "Origins whose pages may call us from a browser, or * (LoRAX's default); none: no CORS.", lorax="CORS_ALLOW_ORIGIN"
+    )
+    cors_allow_method: list[str] = _set(["GET", "POST"], "Server", "Methods for such pages.", lorax="CORS_ALLOW_METHOD")
+    cors_allow_header: list[str] = _set(
+        ["content-type", "authorization"], "Server", "Request headers for such pages.", lorax="CORS_ALLOW_HEADER"
+    )
+    cors_expose_header: list[str] = _set([], "Server", "Response headers that such pages may read.", lorax="CORS_EXPOSE_HEADER")
+    cors_allow_credentials: bool = _set(False, "Server", "Let such pages send cookies.", lorax="CORS_ALLOW_CREDENTIALS")
+    otlp_endpoint: str | None = _set(
+        None,
+        "Server",
+        "OpenTelemetry collector for traces, OTLP over HTTP (http://collector:4318); none: no traces.",
+        lorax="OTLP_ENDPOINT",
+        pattern=r"^https?://[^/\s]+",
+    )
+    metrics_max_adapters: int = _set(
+        100, "Server", "Adapters with series of their own in /metrics; the others are counted together.", ge=0, le=10_000
+    )
     drain_timeout_s: float = _set(120.0, "Server", "After SIGTERM running requests have this long to finish.", ge=0)
     keep_alive_s: float = _set(15.0, "Server", "A silent stream gets a comment this often.", gt=0)
     write_timeout_s: float = _set(60.0, "Server", "A client that takes no bytes for this long is dropped.", gt=0)
     template_timeout_s: float = _set(1.0, "Server", "Time limit of a chat template that an adapter brings.", gt=0, le=60)
-    lorax_strict: bool = _set(
-        False, "Server", "Do as LoRAX does where we chose to differ: ignore unknown fields, answer errors of streams as events."
+    tool_call_format: Literal["auto", "hermes", "llama3_json", "mistral"] = _set(
+        "auto", "Server", "How the model writes calls of tools; auto: what its chat template shows."
     )
+    lorax_strict: bool = _set(False, "Server", "Do as LoRAX does where we chose to differ: docs/lorax.md lists it all.")
     log_level: Literal["debug", "info", "warning", "error"] = _set("info", "Server", "Least level that is logged.")
     json_output: bool = _set(False, "Server", "Log lines as JSON.", lorax="JSON_OUTPUT")
     # fmt: on
@@ -111,6 +154,8 @@ class Settings(BaseModel):
     def _check_together(self) -> Self:
         if self.num_blocks is not None and self.kv_cache_bytes is not None:
             raise ValueError("num_blocks and kv_cache_bytes exclude each other")
+        if self.cors_allow_credentials and "*" in self.cors_allow_origin:
+            raise ValueError("cors_allow_credentials needs the origins by name: browsers take no * with it")
         if self.max_input_length and self.max_total_tokens and self.max_input_length >= self.max_total_tokens:
             raise ValueError(f"max_input_length must be < max_total_tokens. Given: {self.max_input_length} and {self.max_total_tokens}")
         if self.max_batch_prefill_tokens < self.max_batch_size:
@@ -128,10 +173,12 @@ class Settings(BaseModel):
         total = self.max_total_tokens or min(max_positions or AUTO_TOTAL_TOKENS, AUTO_TOTAL_TOKENS)
         if max_positions is not None and total > max_positions:
             raise ValueError(f"max_total_tokens must be <= {max_positions}, the model's own limit. Given: {total}")
+        store = self.store_dir or store_dir
         values = self.model_dump() | {
             "max_total_tokens": total,
             "max_input_length": self.max_input_length or total - 1,
-            "store_dir": self.store_dir or store_dir,
+            "store_dir": store,
+            "registry_dir": self.registry_dir or store / "registry",
             "default_adapter_source": self.default_adapter_source or self.adapter_source,
         }
         return Settings(**values)

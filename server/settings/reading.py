@@ -12,10 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pydantic import ByteSize, ValidationError
+from pydantic import ByteSize, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
 from server.settings.fields import Settings
+from server.settings.foreign import LORAX, LORAX_VARIABLES, VLLM, refusal
 
 PREFIX = "MANYLORA_"
 _FIELDS = Settings.model_fields
@@ -65,7 +66,16 @@ def _read_flags(argv: Sequence[str]) -> dict[str, Any]:
             options |= {"action": "append"}
         names = [_flag(name)] + (["-p"] if name == "port" else [])
         group.add_argument(*names, **options)
+    strange = [name for name in LORAX | VLLM if name.replace("-", "_") not in _FIELDS]
+    for name in strange:
+        parser.add_argument(f"--{name}", dest=f"--{name}", nargs="*", default=None, help=argparse.SUPPRESS)
+    if "env" in strange:
+        parser.add_argument("-e", dest="--env", nargs="*", default=None, help=argparse.SUPPRESS)
     known, unknown = parser.parse_known_args(list(argv))
+    for name in strange:
+        values = vars(known).pop(f"--{name}")
+        if values is not None and (reason := refusal(f"--{name}", name, " ".join(values) or "true")) is not None:
+            raise SettingsError(reason)
     if unknown:
         raise SettingsError(_unknown("flag", unknown[0].split("=")[0], [_flag(name) for name in _FIELDS] + ["--config", "--help"]))
     return {name: value for name, value in vars(known).items() if value is not None}
@@ -77,6 +87,11 @@ def _read_environment(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     for variable in environ:
         if variable.startswith(PREFIX) and variable not in ours and variable != PREFIX + "CONFIG":
             raise SettingsError(_unknown("environment variable", variable, [*ours, PREFIX + "CONFIG"]))
+    for variable, name in LORAX_VARIABLES.items():
+        if name.replace("-", "_") in _FIELDS or not environ.get(variable):
+            continue
+        if (reason := refusal(f"environment variable {variable}", name, environ[variable])) is not None:
+            raise SettingsError(reason)
     theirs = {lorax: name for name, field in _FIELDS.items() if (lorax := _extra(field)["lorax"])}
     found = {name: (environ[variable], variable) for variable, name in theirs.items() if environ.get(variable)}
     return found | {name: (environ[variable], variable) for variable, name in ours.items() if variable in environ}
@@ -114,7 +129,8 @@ def _words(detail: Any, origins: Mapping[str, str]) -> str:
     name = str(detail["loc"][0])
     if detail["type"] == "missing":
         return f"{_flag(name)} is required (or {PREFIX}{name.upper()}, or {name} in the file)"
-    return f"{_flag(name)} ({origins.get(name, 'default')}): {message}. Given: {detail['input']!r}"
+    given = "" if SecretStr in typing.get_args(_FIELDS[name].annotation) else f". Given: {detail['input']!r}"
+    return f"{_flag(name)} ({origins.get(name, 'default')}): {message}{given}"
 
 
 def _unknown(what: str, name: str, known: Iterable[str]) -> str:
@@ -143,7 +159,7 @@ def _metavar(field: FieldInfo) -> str:
     kinds = [kind for kind in (typing.get_args(field.annotation) or (field.annotation,)) if kind is not type(None)]
     if all(isinstance(kind, str) for kind in kinds):  # a Literal
         return "{" + ",".join(kinds) + "}"
-    names = {"str": "TEXT", "Path": "DIR", "int": "N", "float": "X", "bool": "true|false", "ByteSize": "BYTES"}
+    names = {"str": "TEXT", "Path": "DIR", "int": "N", "float": "X", "bool": "true|false", "ByteSize": "BYTES", "SecretStr": "KEY"}
     return names[kinds[0].__name__]
 
 

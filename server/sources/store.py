@@ -259,6 +259,8 @@ def _hash_in_place(snapshot: Snapshot, folder: Path) -> StoredAdapter:
     except FileNotFoundError as error:
         raise SourceChanged(snapshot) from error
     _check_unchanged(snapshot, folder)
+    if snapshot.hash not in (None, adapter_hash):
+        raise AdapterRefused(f"Adapter '{snapshot.shown_id}': its files are not what was published; publish it again")
     return StoredAdapter(adapter_hash, folder, snapshot.size_bytes, snapshot)
 
 

@@ -111,6 +111,7 @@ def test_every_setting_can_be_set_in_every_way(tmp_path: Path) -> None:
         if name == "model_id" or field.default is None or field.default == []:
             continue
         text = str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
+        text = ",".join(field.default) if isinstance(field.default, list) else text
         assert getattr(read(f"--{name.replace('_', '-')}", text), name) == field.default
         assert getattr(read(env={PREFIX + name.upper(): text}), name) == field.default
         assert getattr(read(file=f'{name} = "{text}"', tmp_path=tmp_path), name) == field.default
@@ -128,6 +129,18 @@ def test_resolved_settings() -> None:
         read().resolved(max_positions=None, store_dir=store)
     with pytest.raises(ValueError, match="max_input_length must be < max_total_tokens"):
         read("--max-input-length", "1024").resolved(max_positions=1024, store_dir=store)
+
+
+def test_the_admin_key_is_never_shown() -> None:
+    key = "a-key-of-16-or-more"
+    settings = read(env={"MANYLORA_ADMIN_KEY": key})
+    assert settings.admin_key is not None and settings.admin_key.get_secret_value() == key
+    resolved = settings.resolved(max_positions=64, store_dir=Path("/store"))
+    assert resolved.admin_key == settings.admin_key and resolved.registry_dir == Path("/store/registry")
+    assert key not in resolved.model_dump_json() + repr(resolved)
+    with pytest.raises(SettingsError, match="--admin-key") as caught:
+        read(env={"MANYLORA_ADMIN_KEY": "too-short"})
+    assert "MANYLORA_ADMIN_KEY" in str(caught.value) and "too-short" not in str(caught.value)
 
 
 def test_settings_are_frozen() -> None:

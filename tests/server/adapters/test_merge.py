@@ -53,6 +53,12 @@ def check(tmp_path, layout, expected):
         assert (expected - llama()(input_ids=IDS).logits).abs().max() > 1e-3
 
 
+@pytest.mark.parity(
+    "2",
+    "`merged_adapters`, linear",
+    "better",
+    "the exact weighted sum of the adapters, of any ranks; LoRAX's has cross terms and wants equal ranks",
+)
 def test_linear_is_pefts_cat_with_mixed_ranks_targets_and_negative_weights(tmp_path):
     configs = (
         {"target_modules": TARGETS, "r": 4, "lora_alpha": 3},
@@ -91,6 +97,7 @@ def test_strategies_are_pefts_without_pruning(tmp_path, strategy, method):
 
 
 @pytest.mark.parametrize("density", [0.1, 0.5, 0.9])
+@pytest.mark.parity("2", "`merged_adapters`, ties", "same")
 def test_ties_is_pefts_with_pruning(tmp_path, density):
     layout, folders, packs = make(tmp_path, {"target_modules": TARGETS}, {"target_modules": TARGETS}, {"target_modules": TARGETS})
     weights = [0.7, 1.5, 0.4]
@@ -119,6 +126,12 @@ def test_dare_is_pefts_with_the_same_mask(tmp_path, strategy, monkeypatch):
     check(tmp_path, layout, peft_logits(folders, [0.7, 1.5], strategy, 0.6))
 
 
+@pytest.mark.parity(
+    "2",
+    "`merged_adapters`, dare_linear and dare_ties",
+    "better",
+    "what is kept is rescaled; LoRAX forgets to. `density` 0 is refused, LoRAX prunes everything",
+)
 def test_dare_keeps_the_expected_value_and_is_the_same_every_time(tmp_path):
     layout, _, packs = make(tmp_path, {"target_modules": TARGETS}, {"target_modules": TARGETS})
     first = merged(tmp_path, packs, [1.0, 1.0], "dare_linear", density=0.5, seed=1)

@@ -1,7 +1,7 @@
 """An engine process without a model: speaks ipc.messages over the real socket and answers with the prompt's own tokens, over and over.
 
-An adapter turns the prompt around. A control file (JSON, read each turn) makes it slow, bundle tokens, fall silent, hang or die; what it
-was told goes to a log file, one JSON line a message.
+An adapter turns the prompt around. A control file (JSON, read each turn) makes it slow, bundle tokens, fall silent, hang or die, or gives
+the token ids to answer with, once; what it was told goes to a log file, one JSON line a message.
 """
 
 import argparse
@@ -15,9 +15,26 @@ from typing import Any
 
 import msgspec
 
-from server.ipc.messages import Abort, Died, EngineStats, Heartbeat, Prefetch, Ready, Shutdown, Starting, StepOutputs, Submit, ToEngine
+from server.adapters.pack import read_header
+from server.ipc.messages import (
+    Abort,
+    AdapterEvent,
+    Died,
+    EngineStats,
+    Forget,
+    Heartbeat,
+    Pin,
+    Prefetch,
+    Ready,
+    Shutdown,
+    Starting,
+    StepOutputs,
+    Submit,
+    ToEngine,
+    Unpin,
+)
 from server.ipc.sockets import ApiSocket, PeerLost, die_with_parent
-from server.types import BaseLayout, EngineOptions, EngineRequest, Logprob, Module, SequenceOutput, Site
+from server.types import AdapterRef, BaseLayout, EngineOptions, EngineRequest, Logprob, Module, SequenceOutput, Site
 
 HIDDEN = 8
 SITE = "model.layers.0.self_attn.q_proj"
@@ -40,6 +57,7 @@ def layout(vocab_size: int) -> BaseLayout:
 class Running:
     request: EngineRequest
     tokens: list[int]
+    once: bool = False  # the tokens are the whole answer
     num_sent: int = 0
 
 
@@ -50,6 +68,7 @@ class FakeEngine:
     log_path: Path
     running: dict[str, Running] = field(default_factory=dict)
     control: dict[str, Any] = field(default_factory=dict)
+    held: dict[str, int] = field(default_factory=dict)  # hash -> bytes
     num_steps: int = 0
     beat_at: float = 0.0
 
@@ -79,16 +98,38 @@ class FakeEngine:
             request = message.request
             seen |= msgspec.to_builtins(request, str_keys=True)
             tokens = request.token_ids[::-1] if request.adapter is not None else request.token_ids
-            self.running[request.request_id] = Running(request, tokens)
+            answer = self.control.get("answer")
+            self.running[request.request_id] = Running(request, tokens if answer is None else answer, once=answer is not None)
+            if request.adapter is not None:
+                self._hold(request.adapter)
         elif isinstance(message, Abort):
             seen["request_ids"] = message.request_ids
             for request_id in message.request_ids:
                 if self.running.pop(request_id, None) is not None:
                     self.socket.send(StepOutputs([SequenceOutput(request_id, finish_reason="aborted")]))
-        elif isinstance(message, Prefetch):
+        elif isinstance(message, Prefetch | Pin):
             seen["hash"] = message.adapter.hash
+            self._hold(message.adapter)
+        elif isinstance(message, Forget):
+            seen |= {"hash": message.hash, "running": [one.request.adapter.hash for one in self.running.values() if one.request.adapter]}
+            if self.held.pop(message.hash, None):
+                self.socket.send(AdapterEvent(message.hash, "absent"))
+        elif isinstance(message, Unpin):
+            seen["hash"] = message.hash
         with self.log_path.open("a") as log:
             log.write(json.dumps(seen) + "\n")
+
+    def _hold(self, adapter: AdapterRef) -> None:
+        """As the real engine: read the pack, tell where the adapter is; a refusal if the control file says so."""
+        if adapter.hash in self.held:
+            return
+        if "refuse_adapters" in self.control:
+            self.socket.send(AdapterEvent(adapter.hash, "failed", error=self.control["refuse_adapters"]))
+            return
+        assert read_header(Path(adapter.path))[0].hash == adapter.hash  # never another's weights, whatever the API says
+        self.held[adapter.hash] = Path(adapter.path).stat().st_size
+        self.socket.send(AdapterEvent(adapter.hash, "loading"))
+        self.socket.send(AdapterEvent(adapter.hash, "host", self.held[adapter.hash], 0.001))
 
     def _beat(self) -> None:
         now = time.monotonic()
@@ -104,7 +145,10 @@ class FakeEngine:
         outputs = []
         for request_id, one in list(self.running.items()):
             if "fail" in self.control:
-                output = SequenceOutput(request_id, finish_reason="error", error=self.control["fail"], error_kind=self.control["kind"])
+                output = SequenceOutput(
+                    request_id, finish_reason="error", error=self.control["fail"], error_kind=self.control["kind"],
+                    error_param=self.control.get("param"),
+                )  # fmt: skip
             else:
                 output = self._advance(one)
             outputs.append(output)
@@ -130,7 +174,7 @@ class FakeEngine:
                 top = [(id, value)] + [(other, value - 1 - other) for other in range(params.num_logprobs)]
                 output.logprobs.append(Logprob(id, value, top[: params.num_logprobs]))
             one.num_sent += 1
-            if id in params.stop_token_ids:
+            if id in params.stop_token_ids or (one.once and one.num_sent == len(one.tokens)):
                 output.finish_reason = "stop"
             elif one.num_sent >= params.max_new_tokens:
                 output.finish_reason = "length"

@@ -36,6 +36,11 @@ class LiveServer:
         staged.rename(path)
         time.sleep(0.05)
 
+    def answer(self, text: str, **values: Any) -> None:
+        """Let the engine answer with `text`, special tokens in it included, and its end token."""
+        tokenizer = self.api.model.tokenizer
+        self.control(answer=[*tokenizer.encode(text, add_special_tokens=False), *tokenizer.eos_ids[:1]], **values)
+
     def seen(self, kind: str) -> list[dict[str, Any]]:
         path = self.folder / "engine.log"
         lines = path.read_text().splitlines() if path.exists() else []

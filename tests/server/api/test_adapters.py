@@ -75,6 +75,7 @@ def pick(adapter_id: str, **options) -> AdapterSelection:
     return AdapterSelection("local", adapter_id, **options)
 
 
+@pytest.mark.parity("2", "one fetch, however many ask", "same")
 async def test_resolved_once_however_many_ask(tmp_path: Path, resolver: AdapterResolver, sources: CountingSources) -> None:
     write_adapter(tmp_path / "adapters/team/one")
     found = await asyncio.gather(*(resolver.resolve(pick("team/one"), layout(100)) for _ in range(50)))
@@ -104,6 +105,7 @@ async def test_failures_are_not_remembered_for_long(tmp_path: Path, resolver: Ad
     assert (await resolver.resolve(pick("late"), layout(100))).ref.name == "late"
 
 
+@pytest.mark.parity("2", "a failed adapter", "better", "fails those who asked for it; LoRAX fails the whole batch, or ends")
 async def test_a_failure_is_its_own_alone(tmp_path: Path, resolver: AdapterResolver) -> None:
     write_adapter(tmp_path / "adapters/good")
     write_adapter(tmp_path / "adapters/bad", target_modules=["nothing_of_that_name"])
@@ -126,6 +128,12 @@ async def test_a_caller_that_leaves_does_not_stop_the_others(tmp_path: Path, res
     assert isinstance(results[0], asyncio.CancelledError) and results[1].ref == results[2].ref
 
 
+@pytest.mark.parity(
+    "2",
+    "an adapter is known by id alone",
+    "better",
+    "by source, id and the caller's token: nobody is answered with what another's token fetched",
+)
 async def test_tokens_of_callers_are_kept_apart(tmp_path: Path, resolver: AdapterResolver, sources: CountingSources) -> None:
     write_adapter(tmp_path / "adapters/one")
     await asyncio.gather(*(resolver.resolve(pick("one", api_token=token), layout(100)) for token in (None, "a", "b", "a")))
@@ -149,6 +157,7 @@ async def test_merges(tmp_path: Path, resolver: AdapterResolver) -> None:
         await merged("a", "b", "c")
 
 
+@pytest.mark.parity("2", "an adapter's own chat template", "better", "used; LoRAX ignores it")
 async def test_an_adapter_may_bring_its_chat_template(tmp_path: Path, resolver: AdapterResolver, base: Tokenizer) -> None:
     folder = write_adapter(tmp_path / "adapters/own")
     plain = await resolver.resolve(pick("own"), layout(base.num_ids))

@@ -41,6 +41,7 @@ def test_what_is_no_request(live: LiveServer, path: str, content: bytes) -> None
     assert "must be a JSON object" in message or "missing field `" in message
 
 
+@pytest.mark.parity("1.2", "`application/json` and `application/*+json`", "same")
 def test_media_types(live: LiveServer) -> None:
     body = json.dumps({"inputs": "a", "parameters": {"max_new_tokens": 1}}).encode()
     for kind in ("application/json; charset=utf-8", "APPLICATION/JSON", "application/problem+json"):
@@ -51,6 +52,7 @@ def test_media_types(live: LiveServer) -> None:
         assert answer.json() == {"error": "Expected request with `Content-Type: application/json`", "error_type": "validation"}
 
 
+@pytest.mark.parity("1.2", "413 beyond 2 MiB", "better", "`--max-body-bytes` can raise it")
 def test_too_long_bodies(live: LiveServer) -> None:
     body = json.dumps({"inputs": "x" * (2 << 20)}).encode()
     answer = send(live, "/generate", body)
@@ -61,6 +63,14 @@ def test_too_long_bodies(live: LiveServer) -> None:
             yield body[start : start + 100_000]
 
     assert live.client.post("/generate", content=chunks(), headers=JSON).status_code == 413
+
+
+def test_ten_thousand_stop_strings(live: LiveServer) -> None:
+    stops = [f"stop {n}" for n in range(10_000)]
+    answer = live.post("/generate", {"inputs": "a", "parameters": {"stop": stops}})
+    assert answer.status_code == 422
+    assert answer.json()["error"] == "Input validation error: `stop` supports up to 4 stop sequences. Given: 10000"
+    assert live.post("/generate", {"inputs": "a", "parameters": {"max_new_tokens": 1}}).status_code == 200
 
 
 HUGE = 10**300
@@ -78,6 +88,12 @@ ATTACKS = [
 
 
 @pytest.mark.parametrize("parameters", ATTACKS, ids=lambda p: ascii(p)[:50])
+@pytest.mark.parity(
+    "2",
+    "ids with `..`, absolute paths, control characters; unknown sources",
+    "better",
+    "422 before anything is opened; LoRAX reads any folder and any bucket",
+)
 def test_attacks_on_parameters(live: LiveServer, parameters: dict) -> None:
     content = json.dumps({"inputs": "hello", "parameters": parameters}).encode()
     answer = send(live, "/generate", content.replace(b"Infinity", b"1e999"))
@@ -101,6 +117,7 @@ def test_strange_texts_are_texts(live: LiveServer, inputs: str) -> None:
     assert chat.status_code == 200
 
 
+@pytest.mark.parity("1.1", "unknown paths and methods: 404, 405", "better", "with a JSON error; LoRAX's body is empty")
 def test_unknown_paths_and_methods(live: LiveServer) -> None:
     answer = live.client.get("/nope")
     assert answer.status_code == 404 and answer.json() == {"error": "GET /nope: Not Found", "error_type": "not_found"}

@@ -24,6 +24,7 @@ def post_in_thread(live: LiveServer, path: str = "/generate", body: dict | None 
     return thread, answers
 
 
+@pytest.mark.parity("1.1", "`GET /info`, `/metrics`", "same")
 def test_health_info_and_metrics(live: LiveServer) -> None:
     for path in ("/health", "/ping", "/"):
         answer = live.client.get(path)

@@ -22,6 +22,7 @@ def last_params(live: LiveServer) -> dict:
     return live.seen("Submit")[-1]["params"]
 
 
+@pytest.mark.parity("1.8", "`POST /v1/completions`: shape", "better", 'a real id, time and model; LoRAX says "null" and 0')
 def test_completion(live: LiveServer) -> None:
     answer = complete(live, max_tokens=4).json()
     assert answer["id"].startswith("cmpl-") and answer["object"] == "text_completion" and answer["model"] == "base"
@@ -29,6 +30,9 @@ def test_completion(live: LiveServer) -> None:
     assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 4, "total_tokens": 8, "prompt_tokens_details": {"cached_tokens": 0}}
 
 
+@pytest.mark.parity(
+    "1.8", "defaults: 16 tokens, temperature 1", "better", "OpenAI's on both routes; LoRAX's completions are greedy without `n`"
+)
 def test_defaults_are_openai_ones(live: LiveServer) -> None:
     assert complete(live).json()["usage"]["completion_tokens"] == 16
     assert last_params(live)["temperature"] == 1.0
@@ -38,12 +42,14 @@ def test_defaults_are_openai_ones(live: LiveServer) -> None:
     assert last_params(live)["temperature"] == 1.0 and last_params(live)["max_new_tokens"] > 16
 
 
+@pytest.mark.parity("1.8", "`model`: empty or the base's name is the base, anything else an adapter", "same")
 @pytest.mark.parametrize("model", ["base", "", "smollm2-135m-instruct"])
 def test_names_of_the_base(live: LiveServer, model: str) -> None:
     assert complete(live, model=model, max_tokens=1).status_code == 200
     assert live.seen("Submit")[-1].get("adapter") is None
 
 
+@pytest.mark.parity("1.8", "`prompt`", "better", "also lists of texts and of token ids; LoRAX answers 422")
 def test_prompts_of_four_shapes(live: LiveServer) -> None:
     ids = live.api.model.tokenizer.encode(PROMPT)
     for prompt in (PROMPT, ids):
@@ -55,17 +61,20 @@ def test_prompts_of_four_shapes(live: LiveServer) -> None:
         assert answer["usage"]["prompt_tokens"] == 5 and answer["usage"]["completion_tokens"] == 16
 
 
+@pytest.mark.parity("1.8", "`stop`", "better", "also one string; cut off; finish_reason stop, where LoRAX says content_filter")
 def test_stop_is_cut_off(live: LiveServer) -> None:
     for stop in ("o th", ["zzz", "o th"]):
         choice = complete(live, max_tokens=9, stop=stop).json()["choices"][0]
         assert choice["text"] == "one tw" and choice["finish_reason"] == "stop"
 
 
+@pytest.mark.parity("1.8", "`n` and `best_of`", "better", "n answers, with a seed too; LoRAX ignores n, or takes it for best_of")
 def test_best_of_keeps_the_likeliest(live: LiveServer) -> None:
     choices = complete(live, max_tokens=1, n=2, best_of=4, logprobs=0, seed=0).json()["choices"]
     assert [choice["logprobs"]["token_logprobs"] for choice in choices] == [[-0.5], [-1.5]]
 
 
+@pytest.mark.parity("1.8", "`echo` and `logprobs` of completions", "better", "OpenAI's form; LoRAX answers null")
 def test_echo_and_logprobs(live: LiveServer) -> None:
     choice = complete(live, max_tokens=2, echo=True, logprobs=1).json()["choices"][0]
     assert choice["text"] == PROMPT + "one two"
@@ -83,6 +92,9 @@ def test_scoring_a_prompt_alone(live: LiveServer) -> None:
     assert choice["logprobs"]["token_logprobs"] == [None, -2.0, -3.0, -4.0]
 
 
+@pytest.mark.parity(
+    "1.8", "chunks and `[DONE]`; `usage`", "better", "with `stream_options`, in a chunk of its own, as OpenAI; LoRAX always sends it"
+)
 def test_completion_stream(live: LiveServer) -> None:
     events = live.events(
         "/v1/completions", {"model": "", "prompt": PROMPT, "max_tokens": 4, "stream": True, "stream_options": {"include_usage": True}}
@@ -112,6 +124,7 @@ def test_a_held_back_stop_is_never_shown(live: LiveServer) -> None:
     assert "".join(event["choices"][0]["text"] for event in released[:-1]) == PROMPT
 
 
+@pytest.mark.parity("1.8", "`POST /v1/chat/completions`: shape", "better", "object chat.completion; LoRAX says text_completion")
 def test_chat(live: LiveServer) -> None:
     answer = chat(live, max_tokens=3, n=2).json()
     assert answer["id"].startswith("chatcmpl-") and answer["object"] == "chat.completion"
@@ -126,6 +139,7 @@ def test_chat_content_parts_are_joined(live: LiveServer) -> None:
     assert "user\nab<|im_end|>" in live.api.model.tokenizer.decode(live.seen("Submit")[-1]["token_ids"], skip_special_tokens=False)
 
 
+@pytest.mark.parity("1.8", "`logprobs`, `top_logprobs` of chats", "better", "LoRAX has none")
 def test_chat_logprobs(live: LiveServer) -> None:
     entries = chat(live, max_tokens=2, logprobs=True, top_logprobs=2, ignore_eos_token=True, seed=0).json()["choices"][0]["logprobs"][
         "content"
@@ -145,10 +159,12 @@ def test_chat_stream(live: LiveServer) -> None:
     assert all(choice["finish_reason"] is None for choice in deltas[:-1])
 
 
+@pytest.mark.parity("1.8", "`suffix`; fields that are unknown, or known and not served", "refused", "by name; LoRAX ignores them")
 @pytest.mark.parametrize(
     ("body", "param", "words"),
     [
         ({"suffix": "x"}, "suffix", "not supported"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation", "not supported"),
         ({"n": 9}, "n", "`n` must be > 0 and <= 8. Given: 9"),
         ({"n": 2, "best_of": 1}, "best_of", "`best_of` must be >= `n`"),
         ({"best_of": 2, "stream": True}, "best_of", "not supported when streaming"),
@@ -181,9 +197,11 @@ def test_completion_refusals(live: LiveServer, body: dict, param: str, words: st
 @pytest.mark.parametrize(
     ("body", "param", "words"),
     [
-        ({"tools": [{"type": "function"}]}, "tools", "`tools` is not supported yet"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not supported yet"),
-        ({"tool_choice": "required"}, "tool_choice", "not supported"),
+        ({"functions": [{"name": "f"}]}, "functions", "`functions` is not supported; use `tools`"),
+        ({"reasoning_effort": "low"}, "reasoning_effort", "`reasoning_effort` is not supported"),
+        ({"guided_json": {}}, "guided_json", "`guided_json` is not supported; use `structured_outputs`"),
+        ({"store": True}, "store", "`store` is not supported"),
+        ({"tool_prompt": "x"}, "tool_prompt", "`tool_prompt` is not supported; put it into a message"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", "images and audio are not supported"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "must be a string"),
@@ -212,6 +230,7 @@ def test_values_that_ask_for_nothing_pass(live: LiveServer) -> None:
     assert last_params(live)["seed"] == 2**64 - 1
 
 
+@pytest.mark.parity("1.8", "errors", "better", "OpenAI's shape and statuses, which its clients raise as their classes")
 def test_a_missing_adapter_is_a_missing_model(live: LiveServer) -> None:
     answer = complete(live, model="nobody")
     assert answer.status_code == 404
@@ -222,6 +241,18 @@ def test_errors_in_a_stream(live: LiveServer) -> None:
     live.control(fail="broke", kind="GenerationFailed")
     answer = chat(live, stream=True)
     assert answer.status_code == 424 and answer.json()["error"]["message"] == "broke"
+
+
+def test_guideline_and_other_variables_reach_the_template(live: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live.api.model.tokenizer, "chat_template", "{{ guideline }} {{ mood }} {{ messages[0].content }}")
+    chat(live, max_tokens=1, guideline="one", chat_template_kwargs={"mood": "two"}, messages=[{"role": "user", "content": "three"}])
+    assert live.api.model.tokenizer.decode(live.seen("Submit")[-1]["token_ids"]) == "one two three"
+
+
+def test_one_model(live: LiveServer) -> None:
+    assert live.client.get("/v1/models/base").json() == live.client.get("/v1/models").json()["data"][0]
+    missing = live.client.get("/v1/models/no/body")
+    assert missing.status_code == 404 and missing.json()["error"]["code"] == "model_not_found"
 
 
 def test_models(live: LiveServer) -> None:
@@ -239,6 +270,7 @@ def test_prompts_and_chats_that_cannot_fit_are_not_tokenized(live: LiveServer, m
         (chat(live, messages=[{"role": "user", "content": text}]), "messages"),
     ):
         assert answer.status_code == 400 and answer.json()["error"]["param"] == name
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
         assert f"`{name}` must have less than 127 tokens" in answer.json()["error"]["message"]
 
 

@@ -20,6 +20,8 @@ def body(**parameters) -> dict:
     return {"inputs": PROMPT, "parameters": parameters}
 
 
+@pytest.mark.parity("1.1", "`POST /generate_stream`", "same")
+@pytest.mark.parity("1.7", "frames: `data: {json}`, one a token; all three keys; no `[DONE]`", "same")
 def test_frames_are_lorax_ones(live: LiveServer) -> None:
     answer = live.post("/generate_stream", body(max_new_tokens=2, details=True))
     assert answer.status_code == 200
@@ -38,6 +40,7 @@ def test_frames_are_lorax_ones(live: LiveServer) -> None:
     assert answer.content == b"".join(b"data: " + json.dumps(e, separators=(",", ":")).encode() + b"\n\n" for e in (first, last))
 
 
+@pytest.mark.parity("1.7", "`details` of the last event alone, if asked for", "same")
 def test_details_are_null_unless_asked_for(live: LiveServer) -> None:
     assert live.events("/generate_stream", body(max_new_tokens=1))[-1]["details"] is None
 
@@ -52,6 +55,7 @@ def test_token_texts_join_to_the_generated_text_also_at_a_stop_string(live: Live
     assert "".join(event["token"]["text"] for event in events) == events[-1]["generated_text"] == "one two th"
 
 
+@pytest.mark.parity("1.7", "a character of several tokens comes whole", "same")
 def test_emoji_come_whole(live: LiveServer) -> None:
     events = live.events(
         "/generate_stream", {"inputs": "🏴‍☠️ 日本", "parameters": {"max_new_tokens": len(live.api.model.tokenizer.encode("🏴‍☠️ 日本"))}}
@@ -67,6 +71,7 @@ def test_emoji_come_whole(live: LiveServer) -> None:
         ({"temperature": -1}, "`temperature` must be non-negative"),
     ],
 )
+@pytest.mark.parity("1.5", "`best_of`, `decoder_input_details` when streaming", "same")
 def test_refusals_before_the_stream_have_their_status(live: LiveServer, parameters: dict, message: str) -> None:
     answer = live.post("/generate_stream", body(**parameters))
     assert answer.status_code == 422
@@ -79,6 +84,7 @@ def test_an_engine_error_before_the_first_token_has_its_status(live: LiveServer)
     assert answer.status_code == 424 and answer.json()["error_type"] == "generation"
 
 
+@pytest.mark.parity("1.7", "an error after the first token is the last event", "same")
 def test_an_error_after_the_first_token_is_the_last_event(live: LiveServer) -> None:
     live.control(step_s=0.1)
     events = []
@@ -118,6 +124,7 @@ def test_a_stop_string_aborts_what_the_engine_would_go_on_with(live: LiveServer)
     wait_for(lambda: len(live.seen("Abort")) > before)
 
 
+@pytest.mark.parity("1.7", "keep-alive comment after 15 s of silence", "same")
 def test_silent_streams_get_comments_and_strict_ones_their_headers_at_once(tmp_path: Path, model_dir: Path) -> None:
     with live_server(tmp_path, model_dir, keep_alive_s=0.1, lorax_strict=True) as live:
         live.control(step_s=0.35)

@@ -1,0 +1,347 @@
+"""/v1/adapters over HTTP: orders, who may give them, what they do to requests, memory and a second server on the same folder."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.sources.content import hash_adapter
+from tests.server.api.live import LiveServer, live_server, wait_for
+from tests.server.api.test_adapters import PROMPT, write_adapter
+
+KEY = "an-admin-key-of-a-test"
+ADMIN = {"authorization": f"Bearer {KEY}"}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[tuple[LiveServer, LiveServer]]:
+    """Two servers of one fleet: adapters and registry in common, each with a store of its own."""
+    root = tmp_path_factory.mktemp("fleet")
+    (root / "adapters").mkdir()
+    common = {"adapters_dir": root / "adapters", "registry_dir": root / "registry", "admin_key": KEY, "registry_poll_s": 0.1}
+    with live_server(root / "a", model_dir, **common) as a, live_server(root / "b", model_dir, **common) as b:
+        yield a, b
+
+
+@pytest.fixture
+def fleet(pair: tuple[LiveServer, LiveServer]) -> tuple[LiveServer, LiveServer]:
+    for live in pair:
+        live.control()
+    return pair
+
+
+def write(live: LiveServer, name: str, **options: Any) -> str:
+    """An adapter in the folder that both servers read; its hash."""
+    return hash_adapter(write_adapter(live.folder.parent / "adapters" / name, **options))
+
+
+def order(live: LiveServer, path: str, body: Any = None, *, method: str = "POST", status: int = 200) -> Any:
+    answer = live.client.request(method, f"/v1/{path}", json=body, headers=ADMIN)
+    assert answer.status_code == status, answer.text
+    return answer.json() if "json" in answer.headers["content-type"] else answer.text
+
+
+def publish(live: LiveServer, name: str, **body: Any) -> Any:
+    return order(live, "adapters", {"name": name, **body})
+
+
+def answered(live: LiveServer, name: str, **parameters: Any) -> str | None:
+    """The hash of the weights that a request for `name` ran with; None if there is no such adapter."""
+    answer = live.post("/generate", {"inputs": PROMPT, "parameters": {"adapter_id": name, "max_new_tokens": 2, **parameters}})
+    if answer.status_code == 424 and "was not found" in answer.text:
+        return None
+    assert answer.status_code == 200, answer.text
+    return submitted(live, answer.headers["x-request-id"])
+
+
+def submitted(live: LiveServer, request_id: str) -> str:
+    return next(one for one in reversed(live.seen("Submit")) if one["request_id"].startswith(request_id))["adapter"]["hash"]
+
+
+def rows(live: LiveServer) -> dict[str, Any]:
+    return {row["id"]: row for row in order(live, "adapters", method="GET")["data"]}
+
+
+def forgotten(live: LiveServer, adapter_hash: str) -> list[Any]:
+    return [seen for seen in live.seen("Forget") if seen["hash"] == adapter_hash]
+
+
+def test_a_name_keeps_what_was_published_whatever_becomes_of_the_folder(fleet) -> None:
+    live, _ = fleet
+    one = write(live, "kept-source", seed=1, rank=3)
+    row = publish(live, "kept", id="kept-source")
+    assert row | {"load_s": 0} == {
+        "id": "kept", "object": "adapter", "source": "local", "source_id": "kept-source", "version": 1, "hash": one, "base": "x", "rank": 3,
+        "published_at": row["published_at"], "state": "ready", "tier": "host", "file_bytes": row["file_bytes"],
+        "memory_bytes": row["memory_bytes"], "load_s": 0, "error": None, "hits": 0, "requests": 0, "pinned": False,
+    }  # fmt: skip
+    assert row["file_bytes"] > 0 and row["memory_bytes"] > 0
+    two = write(live, "kept-source", seed=2)
+    assert answered(live, "kept") == one and answered(live, "kept-source") == two
+    shutil.rmtree(live.folder.parent / "adapters/kept-source")
+    assert answered(live, "kept") == one and answered(live, "kept-source") is None
+    assert rows(live)["kept"]["hits"] == 2
+    models = {model["id"]: model["created"] for model in live.client.get("/v1/models").json()["data"]}
+    assert models["kept"] == row["published_at"]
+    order(live, "adapters/kept", method="DELETE")
+    assert "kept" not in {model["id"] for model in live.client.get("/v1/models").json()["data"]}
+
+
+def test_publishing_anew_takes_effect_at_once_and_running_requests_end_as_they_began(fleet) -> None:
+    live, _ = fleet
+    one = write(live, "turn", seed=3)
+    publish(live, "turn")
+    live.control(step_s=0.1)
+    body = {"inputs": PROMPT, "parameters": {"adapter_id": "turn", "max_new_tokens": 15}}
+    with ThreadPoolExecutor() as threads, live.client.stream("POST", "/generate_stream", json=body) as stream:
+        lines = stream.iter_lines()
+        next(lines)  # it runs
+        two = write(live, "turn", seed=4)
+        assert threads.submit(publish, live, "turn").result()["version"] == 2
+        later = threads.submit(answered, live, "turn")
+        assert later.result() == two
+        listed = order(live, "adapters", method="GET")
+        assert [(one["hash"], one["requests"]) for one in listed["draining"]] == [(one, 1)]
+        assert not forgotten(live, one)
+        rest = [json.loads(line[5:]) for line in lines if line.startswith("data:")]
+    assert rest[-1]["generated_text"] and submitted(live, stream.headers["x-request-id"]) == one
+    assert wait_for(lambda: forgotten(live, one))[0]["running"] == []
+    assert not forgotten(live, two) and order(live, "adapters", method="GET")["draining"] == []
+
+
+def test_unload_frees_memory_once_the_last_request_ends_and_the_name_goes_on(fleet) -> None:
+    live, _ = fleet
+    one = write(live, "heavy", seed=5)
+    assert answered(live, "heavy") == one  # never published: a folder's name is as good
+    assert rows(live)["heavy"]["tier"] == "host"
+    live.control(step_s=0.1)
+    with ThreadPoolExecutor() as threads:
+        running = threads.submit(answered, live, "heavy", max_new_tokens=8)
+        wait_for(lambda: rows(live)["heavy"]["requests"] == 1)
+        order(live, "adapters/heavy/unload")
+        assert not forgotten(live, one)
+        assert running.result() == one
+    wait_for(lambda: forgotten(live, one))
+    wait_for(lambda: order(live, "adapters/heavy", method="GET")["tier"] == "absent")
+    assert answered(live, "heavy") == one and len(forgotten(live, one)) == 1
+
+
+def test_weights_that_another_name_means_are_not_freed(fleet) -> None:
+    live, _ = fleet
+    one = write(live, "shared-a", seed=6)
+    publish(live, "shared-a")
+    publish(live, "shared-b", id="shared-a")
+    order(live, "adapters/shared-a", method="DELETE")
+    assert answered(live, "shared-a") is None and answered(live, "shared-b") == one
+    assert not forgotten(live, one)
+    order(live, "adapters/shared-b", method="DELETE")
+    wait_for(lambda: forgotten(live, one))
+
+
+def test_a_replaced_folder_is_forgotten_too(fleet) -> None:
+    live, _ = fleet
+    one = write(live, "followed", seed=7)
+    assert answered(live, "followed") == one
+    two = write(live, "followed", seed=8)
+    assert answered(live, "followed") == two
+    wait_for(lambda: forgotten(live, one))
+    shutil.rmtree(live.folder.parent / "adapters/followed")
+    assert answered(live, "followed") is None
+    wait_for(lambda: forgotten(live, two))
+
+
+def test_a_deleted_name_stays_deleted_though_its_folder_is_there(fleet) -> None:
+    live, _ = fleet
+    one = write(live, "gone", seed=9)
+    order(live, "adapters/gone", method="DELETE")
+    assert answered(live, "gone") is None and "gone" not in rows(live)
+    assert live.post("/v1/completions", {"model": "gone", "prompt": PROMPT}).status_code == 404
+    merged = {"ids": ["gone", "gone"], "weights": [0.5, 0.5]}
+    both = live.post("/generate", {"inputs": PROMPT, "parameters": {"merged_adapters": merged}})
+    assert both.status_code == 424 and "'gone' was not found" in both.text
+    order(live, "adapters/gone", method="DELETE", status=404)
+    order(live, "adapters/gone", method="GET", status=404)
+    order(live, "adapters/gone/pin", status=404)
+    assert publish(live, "gone")["hash"] == one and answered(live, "gone") == one
+    order(live, "adapters/gone?release=true", method="DELETE")
+    assert answered(live, "gone") == one  # the folder's
+    assert rows(live)["gone"]["version"] is None
+
+
+def test_orders_reach_the_other_server(fleet) -> None:
+    a, b = fleet
+    one = write(a, "far", seed=10)
+    publish(a, "far")
+    shutil.rmtree(a.folder.parent / "adapters/far")
+    wait_for(lambda: answered(b, "far") == one)
+    two = write(a, "far", seed=11)
+    publish(a, "far")
+    wait_for(lambda: answered(b, "far") == two)
+    wait_for(lambda: forgotten(b, one))
+    order(a, "adapters/far/pin")
+    wait_for(lambda: [pin for pin in b.seen("Pin") if pin["hash"] == two])
+    assert rows(b)["far"]["pinned"] is True
+    order(b, "adapters/far/unload")
+    wait_for(lambda: forgotten(a, two) and forgotten(b, two))
+    wait_for(lambda: [unpin for unpin in a.seen("Unpin") if unpin["hash"] == two])
+    order(a, "adapters/far/load")
+    wait_for(lambda: rows(b)["far"]["tier"] == "host")
+    order(a, "adapters/far", method="DELETE")
+    wait_for(lambda: answered(b, "far") is None)
+    assert order(a, "adapters", method="GET")["generation"] == order(b, "adapters", method="GET")["generation"]
+
+
+def test_pins_follow_the_name_and_survive_the_engine(fleet) -> None:
+    live, _ = fleet
+    one = write(live, "dear", seed=12)
+    publish(live, "dear", pin=True)
+    wait_for(lambda: [pin for pin in live.seen("Pin") if pin["hash"] == one])
+    two = write(live, "dear", seed=13)
+    assert publish(live, "dear")["pinned"] is True
+    wait_for(lambda: [pin for pin in live.seen("Unpin") if pin["hash"] == one])
+    num_pins = len([pin for pin in live.seen("Pin") if pin["hash"] == two])
+    assert num_pins == 1 and wait_for(lambda: forgotten(live, one))
+    live.control(exit=1)
+    assert live.post("/generate", {"inputs": PROMPT}).status_code == 503
+    live.control()
+    wait_for(lambda: len([pin for pin in live.seen("Pin") if pin["hash"] == two]) == 2)
+    assert order(live, "adapters/dear/unpin")["pinned"] is False
+    wait_for(lambda: [pin for pin in live.seen("Unpin") if pin["hash"] == two])
+
+
+def test_what_cannot_be_served_changes_nothing(fleet) -> None:
+    live, _ = fleet
+    one = write(live, "firm", seed=14)
+    publish(live, "firm")
+    write(live, "unfit", target_modules=["nothing_of_that_name"])
+    refused = order(live, "adapters", {"name": "firm", "id": "unfit"}, status=424)
+    assert "firm" in refused["error"]["message"] and "target_modules" in refused["error"]["message"]
+    order(live, "adapters", {"name": "firm", "id": "nowhere"}, status=404)
+    heavy = write(live, "too-heavy", seed=15)
+    live.control(refuse_adapters="it needs more than there is")
+    assert "more than there is" in order(live, "adapters", {"name": "firm", "id": "too-heavy"}, status=424)["error"]["message"]
+    live.control()
+    wait_for(lambda: forgotten(live, heavy))
+    conflict = order(live, "adapters", {"name": "firm", "id": "too-heavy", "replace": False}, status=409)
+    assert "`replace`" in conflict["error"]["message"] and conflict["error"]["param"] == "name"
+    row = rows(live)["firm"]
+    assert (row["hash"], row["version"]) == (one, 1) and answered(live, "firm") == one
+
+
+def test_publishing_the_same_again_is_no_new_version(fleet) -> None:
+    live, _ = fleet
+    write(live, "same", seed=16)
+    first = publish(live, "same")
+    assert publish(live, "same") | {"load_s": 0} == first | {"load_s": 0}
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({}, "missing field `name`"),
+        ({"name": "base"}, "`name` must not be the base model's"),
+        ({"name": "../etc"}, "`..` and names that begin with a dot"),
+        ({"name": "/abs"}, "must be a relative path"),
+        ({"name": "a", "id": "/etc"}, "must be a relative path"),
+        ({"name": "a\nb"}, "U+000A"),
+        ({"name": ""}, "`name`"),
+        ({"name": 5}, "`name`"),
+        ({"name": "a", "source": "ftp"}, "`source`: Invalid source 'ftp'"),
+        ({"name": "a", "source": "hub"}, "hub"),
+        ({"name": "a", "replace": "yes"}, "`replace`"),
+        ({"name": "a", "pined": True}, "did you mean `pin`?"),
+        ([], "must be a JSON object"),
+    ],
+)
+def test_bad_orders_are_named(fleet, body: Any, words: str) -> None:
+    error = order(fleet[0], "adapters", body, status=400)["error"]
+    assert words in error["message"] and error["type"] == "invalid_request_error"
+
+
+def test_names_in_paths(fleet) -> None:
+    live, _ = fleet
+    one = write(live, "team one/ädapter+50%", seed=17)
+    path = "adapters/team%20one/%C3%A4dapter+50%25"
+    assert order(live, f"{path}/load")["hash"] == one
+    assert order(live, path, method="GET")["tier"] == "host"
+    assert order(live, path, method="DELETE")["deleted"] is True
+    order(live, "adapters/never-was/unload", status=404)
+    order(live, "adapters/..%2Fup/unload", status=404)
+    assert "limit" in order(live, "adapters?limit=0", method="GET", status=400)["error"]["message"]
+
+
+def test_pages(fleet) -> None:
+    live, _ = fleet
+    for name in ("page/1", "page/2", "page/3"):
+        write(live, name, seed=18)
+    live.api.adapters._lists._kept.clear()
+    first = order(live, "adapters?after=page/&limit=2", method="GET")
+    assert [row["id"] for row in first["data"]] == ["page/1", "page/2"] and first["has_more"]
+    rest = order(live, "adapters?after=page/2", method="GET")
+    assert rest["data"][0]["id"] == "page/3" and rest["has_more"] is False
+    assert rest["data"][0] | {"tier": "absent", "state": "idle", "hash": None, "rank": None} == rest["data"][0]
+
+
+def test_vllms_names(fleet) -> None:
+    live, _ = fleet
+    one = write(live, "lora/v1", seed=19)
+    absolute = str(live.folder.parent / "adapters/lora/v1")
+    assert "added successfully" in order(live, "load_lora_adapter", {"lora_name": "vlora", "lora_path": absolute})
+    assert answered(live, "vlora") == one
+    two = write(live, "lora/v2", seed=20)
+    order(live, "load_lora_adapter", {"lora_name": "vlora", "lora_path": "lora/v2"}, status=409)
+    order(live, "load_lora_adapter", {"lora_name": "vlora", "lora_path": "lora/v2", "load_inplace": True})
+    assert answered(live, "vlora") == two
+    assert "removed successfully" in order(live, "unload_lora_adapter", {"lora_name": "vlora"})
+    assert answered(live, "vlora") is None
+    order(live, "unload_lora_adapter", {"lora_name": "vlora"}, status=404)
+    assert "`lora_path`" in order(live, "load_lora_adapter", {"lora_name": "x", "lora_path": "/etc"}, status=400)["error"]["message"]
+
+
+def test_only_the_admin_key_opens(fleet) -> None:
+    live, _ = fleet
+    calls = [("GET", "adapters"), ("POST", "adapters"), ("GET", "adapters/x"), ("DELETE", "adapters/x"), ("POST", "load_lora_adapter"),
+             ("POST", "unload_lora_adapter"), *(("POST", f"adapters/x/{verb}") for verb in ("load", "pin", "unpin", "unload"))]  # fmt: skip
+    for method, path in calls:
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": f"Basic {KEY}"}, {"authorization": f"Bearer {KEY} "[:-2]}):
+            answer = live.client.request(method, f"/v1/{path}", headers=headers)
+            assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer", (method, path, headers)
+            assert "admin key" in answer.json()["error"]["message"] and KEY not in answer.text
+
+
+def test_without_an_admin_key_nobody_may(tmp_path: Path, model_dir: Path) -> None:
+    write_adapter(tmp_path / "adapters/one")
+    with live_server(tmp_path, model_dir) as live:
+        for headers in ({}, ADMIN, {"authorization": "Bearer"}):
+            answer = live.client.get("/v1/adapters", headers=headers)
+            assert answer.status_code == 403 and "MANYLORA_ADMIN_KEY" in answer.json()["error"]["message"]
+        assert answered(live, "one") is not None  # requests are as they were
+
+
+def test_names_survive_a_restart_and_a_damaged_registry_is_refused_at_start(tmp_path: Path, model_dir: Path) -> None:
+    one = hash_adapter(write_adapter(tmp_path / "adapters/one"))
+    with live_server(tmp_path, model_dir, admin_key=KEY) as live:
+        publish(live, "kept", id="one", pin=True)
+    shutil.rmtree(tmp_path / "adapters/one")
+    with live_server(tmp_path, model_dir, admin_key=KEY) as live:
+        assert answered(live, "kept") == one
+        wait_for(lambda: len(live.seen("Pin")) == 2)
+        live.api.admission.draining = True
+        assert order(live, "adapters", {"name": "late"}, status=503)["error"]["message"] == "the server is shutting down"
+        assert rows(live)["kept"]["pinned"] is True
+    file = tmp_path / "store/registry/model-base/names.json"
+    weights = next((tmp_path / "store/registry/model-base/objects").glob("*/adapter_model.safetensors"))
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(damaged)
+    shutil.rmtree(tmp_path / "store/packs")
+    with live_server(tmp_path, model_dir, admin_key=KEY) as live:
+        answer = live.post("/generate", {"inputs": PROMPT, "parameters": {"adapter_id": "kept"}})
+        assert answer.status_code == 424 and "not what was published" in answer.json()["error"]
+    file.write_text(file.read_text()[:-20])
+    with pytest.raises(ValueError, match="names.json is not a registry"), live_server(tmp_path, model_dir):
+        pass
