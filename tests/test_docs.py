@@ -26,7 +26,7 @@ def test_links_and_paths_exist(page):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
         if "://" not in target:
             assert (page.parent / target).exists(), target
-    for path in re.findall(r"`((?:server|tests|examples|benchmarks|docs)/[A-Za-z0-9_./-]*)`", text):
+    for path in re.findall(r"`((?:server|infra|ami|config|tests|examples|benchmarks|docs)/[A-Za-z0-9_./-]*)`", text):
         assert (ROOT / path).exists(), path
 
 

@@ -1,0 +1,13 @@
+#!/bin/bash
+# Compiles what the server would compile at its first start, for this GPU (G6, Gr6, G6e: sm_89), into the folder that manylora.service reads.
+#   warm.sh [SHAPE...]     shapes of warm-shapes.toml; all of them by default
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+cache=/var/cache/manylora
+mkdir -p "$cache"
+# The same folders as in manylora.service.
+export TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor FLASHINFER_WORKSPACE_BASE=$cache
+cd "$here/.."
+.venv/bin/python ami/try_server.py --shapes ami/warm-shapes.toml --device cuda "$@"
+! getent passwd manylora >/dev/null || chown -R manylora:manylora "$cache"

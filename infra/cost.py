@@ -1,0 +1,60 @@
+"""What a configuration costs, roughly and before anything is deployed: standing resources and instances, in USD.
+
+Owns prices other than instances' (us-east-1, on demand, 2026; look them up before a decision). Traffic, requests and storage by the
+gigabyte are not in it: they are named beside it. Knows no CDK: outputs, the dashboard and the documentation call it.
+"""
+
+from dataclasses import dataclass
+
+from infra.config import KitConfig
+from infra.instances import PRICE_REGION, PRICES_OF
+
+HOURS_A_MONTH = 730
+NAT_USD = 0.045  # an hour; and 0.045 a GB that passes
+BALANCER_USD = 0.0225  # an hour; and capacity units
+INTERFACE_ENDPOINT_USD = 0.01  # an hour, service and zone
+VOLUME_USD = 0.08  # a GB and month, gp3
+LUSTRE_USD = {"SCRATCH_2": 0.14, "PERSISTENT_2": {125: 0.145, 250: 0.21, 500: 0.34, 1000: 0.6}}  # a GB and month
+WAF_USD = 8.0  # a month: one list, its rules
+NUM_ENDPOINTS = 10  # of `network`: services that instances call
+
+
+@dataclass(frozen=True)
+class Cost:
+    """USD an hour: `standing` without any instance, `instance` for each; None where an instance's price is not known."""
+
+    standing: float
+    instance: float | None
+
+    def at(self, num_instances: int) -> float | None:
+        """An hour with so many instances."""
+        return None if self.instance is None else self.standing + num_instances * self.instance
+
+
+def hourly_cost(config: KitConfig) -> Cost:
+    """What runs whether or not anybody calls."""
+    network, storage = config.network, config.storage
+    standing = BALANCER_USD
+    if network.has_nat and network.vpc_id is None:
+        standing += NAT_USD
+    if network.endpoints:
+        standing += NUM_ENDPOINTS * network.max_azs * INTERFACE_ENDPOINT_USD
+    if storage.kind == "fsx":
+        price = LUSTRE_USD[storage.fsx.deployment]
+        standing += storage.fsx.capacity_gib * (price if isinstance(price, float) else price[storage.fsx.throughput]) / HOURS_A_MONTH
+    if config.endpoint.waf:
+        standing += WAF_USD / HOURS_A_MONTH
+    price = config.fleet.instance.usd_per_hour
+    volume = config.fleet.root_gib * VOLUME_USD / HOURS_A_MONTH
+    return Cost(round(standing, 4), None if price is None else round(price + volume, 4))
+
+
+def cost_text(config: KitConfig) -> str:
+    """One line for the deploy's output."""
+    cost, fleet = hourly_cost(config), config.fleet
+    where = f"on demand, {PRICE_REGION} prices of {PRICES_OF}; requests, traffic and stored GB come on top"
+    if cost.instance is None:
+        return f"{cost.standing:.2f} USD an hour without instances; the price of {fleet.instance_type} is not known here ({where})"
+    span = f"{cost.at(fleet.min):.2f}" if fleet.min == fleet.max else f"{cost.at(fleet.min):.2f} to {cost.at(fleet.max):.2f}"
+    numbers = f"{fleet.min}" if fleet.min == fleet.max else f"{fleet.min} to {fleet.max}"
+    return f"{span} USD an hour with {numbers} {fleet.instance_type}, {cost.standing:.2f} of it without any ({where})"

@@ -1,0 +1,101 @@
+"""GPU errors that only another machine cures: fatal Xid events of the driver in the kernel's log, and what nvidia-smi says of the memory.
+
+Owns which errors are fatal. Xids that a program's own fault brings (13, 31, 43, 45, 68) are not among them; the server's supervisor
+restarts the engine. Codes: NVIDIA, "XID Errors" (docs.nvidia.com/deploy/xid-errors). `agent` asks every half minute.
+"""
+
+import errno
+import os
+import re
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+FATAL_XIDS = {
+    48: "double bit ECC error",
+    62: "internal micro-controller halt",
+    64: "row remapping failed",
+    74: "NVLink error",
+    79: "the GPU has fallen off the bus",
+    94: "contained ECC error",
+    95: "uncontained ECC error",
+    119: "GSP RPC timeout",
+    120: "GSP error",
+    136: "ALI training failed",
+    140: "unrecovered ECC error",
+    143: "GPU initialization error",
+}
+KERNEL_LOG = Path("/dev/kmsg")
+NVIDIA_SMI = (
+    "nvidia-smi",
+    "--query-gpu=index,ecc.errors.uncorrected.volatile.total,remapped_rows.failure",
+    "--format=csv,noheader,nounits",
+)
+_XID = re.compile(r"NVRM: Xid \((?P<device>[^)]*)\): (?P<code>\d+)")
+_TIMEOUT_S = 20.0
+_RECORD_BYTES = 8192
+
+
+class GpuWatch:
+    """Reads the kernel's log from its beginning (that of this boot) on."""
+
+    def __init__(self, *, kernel_log: Path = KERNEL_LOG, nvidia_smi: Sequence[str] = NVIDIA_SMI) -> None:
+        self._nvidia_smi = list(nvidia_smi)
+        self._num_slow = 0
+        self._log: int | None = None
+        with suppress(OSError):  # not readable: nvidia-smi alone has to do
+            self._log = os.open(kernel_log, os.O_RDONLY | os.O_NONBLOCK)
+
+    def close(self) -> None:
+        """Close the log."""
+        if self._log is not None:
+            os.close(self._log)
+            self._log = None
+
+    def errors(self) -> list[str]:
+        """What was found since the last call; each ends this machine's use."""
+        return [*self._fatal_xids(), *self._memory_errors()]
+
+    def _fatal_xids(self) -> list[str]:
+        found = []
+        for match in _XID.finditer(self._read_log()):
+            if reason := FATAL_XIDS.get(int(match["code"])):
+                found.append(f"Xid {match['code']} on {match['device']}: {reason}")
+        return found
+
+    def _read_log(self) -> str:
+        """What is new. The kernel gives one record a read, and EPIPE where records were overwritten before they were read."""
+        text = []
+        while self._log is not None:
+            try:
+                data = os.read(self._log, _RECORD_BYTES)
+            except OSError as error:
+                if error.errno == errno.EPIPE:
+                    continue
+                break
+            if not data:
+                break
+            text.append(data.decode(errors="replace"))
+        return "".join(text)
+
+    def _memory_errors(self) -> list[str]:
+        try:
+            answer = subprocess.run(self._nvidia_smi, capture_output=True, text=True, timeout=_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._num_slow += 1
+            return ["nvidia-smi hangs"] if self._num_slow >= 3 else []
+        except FileNotFoundError:
+            return []  # no driver, no GPU: not this watch's affair
+        self._num_slow = 0
+        if answer.returncode:
+            words = (answer.stdout + answer.stderr).strip().splitlines() or ["no reason given"]
+            return [f"nvidia-smi failed ({answer.returncode}): {words[0][:200]}"]
+        found = []
+        for line in answer.stdout.splitlines():
+            index, uncorrected, remap_failed = ([part.strip() for part in line.split(",")] + ["", ""])[:3]
+            if uncorrected.isdigit() and int(uncorrected):  # "[N/A]" where ECC is off
+                found.append(f"GPU {index}: {uncorrected} uncorrected ECC errors")
+            if remap_failed.lower() in ("yes", "1"):
+                found.append(f"GPU {index}: row remapping failed")
+        return found

@@ -1,0 +1,109 @@
+"""An instance that is to go stops taking requests, finishes those it has, and says so; one that is ready says so too.
+
+Reads the metadata service, speaks to the group's two hooks and to systemd. Knows nothing of requests: the server drains by itself when it
+is told to stop. `agent` calls `step` every few seconds; nothing here blocks.
+"""
+
+import logging
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+
+from server.host.group import Group
+from server.host.metadata import InstanceMetadata
+
+log = logging.getLogger(__name__)
+
+SETTLE_S = 10.0  # from the group's decision until the load balancer sends nothing more
+EXTEND_EVERY_S = 60.0
+
+
+class Lifecycle:
+    """What this instance is on its way to, and the drain."""
+
+    def __init__(
+        self,
+        metadata: InstanceMetadata,
+        group: Group,
+        *,
+        is_serving: Callable[[], bool],
+        stop_server: Sequence[str],
+        start_server: Sequence[str],
+        drain_hook: str,
+        launch_hook: str = "",
+        settle_s: float = SETTLE_S,
+    ) -> None:
+        """`stop_server` ends when the server has (`systemctl stop`). `launch_hook` empty: no hook holds a launch."""
+        self._metadata, self._group, self._is_serving = metadata, group, is_serving
+        self._stop_server, self._start_server = list(stop_server), list(start_server)
+        self._drain_hook, self._launch_hook, self._settle_s = drain_hook, launch_hook, settle_s
+        self._was_in_service = False
+        self._announced = not launch_hook
+        self._leaving_since_at: float | None = None
+        self._extended_at = 0.0
+        self._stopping: subprocess.Popen[bytes] | None = None
+        self.drained = False
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether a drain has begun."""
+        return self._leaving_since_at is not None
+
+    def step(self) -> None:
+        """Look at what is to come and do the next thing about it."""
+        if self.drained:
+            self._return_if_wanted()
+            return
+        if self._leaving_since_at is None:
+            reason = self._reason_to_leave()
+            if reason is None:
+                self._announce_when_serving()
+                return
+            log.warning("draining: %s", reason)
+            self._leaving_since_at = time.monotonic()
+        self._drain()
+
+    def _reason_to_leave(self) -> str | None:
+        target = self._metadata.lifecycle_target()
+        self._was_in_service = self._was_in_service or target == "InService"
+        if target == "Terminated":
+            return "the group terminates this instance"
+        if target is not None and target.startswith("Warmed:") and self._was_in_service:
+            return "the group returns this instance to its warm pool"
+        if notice := self._metadata.spot_notice():
+            # The group learns of it here: it takes the instance out of the load balancer and starts another one now, not in two minutes.
+            self._group.mark_unhealthy()
+            return f"spot notice, {notice}"
+        return None
+
+    def _announce_when_serving(self) -> None:
+        """A launch that waits at the hook goes on when the server answers, not before."""
+        if not self._announced and self._is_serving() and self._group.complete_hook(self._launch_hook):
+            log.info("serving; the launch goes on")
+            self._announced = True
+
+    def _drain(self) -> None:
+        now = time.monotonic()
+        assert self._leaving_since_at is not None
+        if self._stopping is None:
+            if now - self._leaving_since_at < self._settle_s:
+                return
+            self._stopping = subprocess.Popen(self._stop_server)
+        if self._stopping.poll() is None:
+            if now - self._extended_at > EXTEND_EVERY_S:
+                self._group.extend_hook(self._drain_hook)
+                self._extended_at = now
+            return
+        log.info("drained after %.0f s, exit status %d", now - self._leaving_since_at, self._stopping.returncode)
+        self.drained = True
+        self._group.complete_hook(self._drain_hook)
+
+    def _return_if_wanted(self) -> None:
+        """A running instance of a warm pool comes back without a boot. A hook that was late is completed again."""
+        if self._metadata.lifecycle_target() == "InService" and self._metadata.spot_notice() is None:
+            log.info("in service again; starting the server")
+            subprocess.run(self._start_server, check=True)
+            self._leaving_since_at = self._stopping = None
+            self.drained, self._announced = False, not self._launch_hook
+        else:
+            self._group.complete_hook(self._drain_hook)
