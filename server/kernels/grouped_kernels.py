@@ -6,7 +6,7 @@ grid follows from the buffers' capacity alone and every program walks the live t
 Needs Triton: import it where there is a GPU (or Triton's interpreter). Called by model/ for every group; grouped.py says what it computes.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -96,68 +96,77 @@ def _site_of(block, C1: tl.constexpr, C2: tl.constexpr, C3: tl.constexpr, C4: tl
 
 @triton.jit
 def _expand_tile(
-    y, arena, planes, tile, base, entry, row_ids, tile_start, tile_len, num_rows, y_stride, start, out, block,
-    RANK_CAP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    DOT: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
+    y, arena, planes, tile, base, entry, row_ids, tile_start, tile_len, num_rows, y_stride, start, out, chunk,
+    RANK_CAP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_R: tl.constexpr, DOT: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One block of columns of one site, for the rows of one tile."""
+    """A chunk of CHUNK blocks of columns of one site, for the rows of one tile.
+
+    The planes of the first BLOCK_R ranks are summed once a chunk; a block's B and y are asked for while the block before is computed."""
     r_start, r_stop = tl.load(entry).to(tl.int32), tl.load(entry + 1).to(tl.int32)
     b = _place(arena, base, tl.load(entry + 2), ALIGNED)
     scale = tl.load(entry + 3).to(tl.int32).to(tl.float32, bitcast=True)
     gain, bias = tl.load(entry + 4), tl.load(entry + 5)
     if (r_stop > r_start) | (gain >= 0) | (bias >= 0):
-        m, n = tl.arange(0, BLOCK_M), block * BLOCK_N + tl.arange(0, BLOCK_N)
-        live, inside = m < tl.load(tile_len + tile), n < out
+        m, n = tl.arange(0, BLOCK_M), chunk * (CHUNK * BLOCK_N) + tl.arange(0, BLOCK_N)
+        live = m < tl.load(tile_len + tile)
         positions = tl.load(tile_start + tile) + m
         rows = tl.load(row_ids + positions, mask=live, other=0).to(tl.int64)
         # The first block of B is asked for before the shrink may have ended: it is the longest wait.
         rank = r_stop - r_start
         r = tl.arange(0, BLOCK_R)
         b_at = b + r.to(tl.int64)[:, None] * out + n[None, :]
-        b_tile = tl.load(b_at, mask=(r < rank)[:, None] & inside[None, :], other=0.0)
+        b_tile = tl.load(b_at, mask=(r < rank)[:, None] & (n < out)[None, :], other=0.0)
         if PDL:
             tl.extra.cuda.gdc_wait()
         y_at = y + rows[:, None] * y_stride + start + n[None, :]
-        y_mask = live[:, None] & inside[None, :]
-        old = tl.load(y_at, mask=y_mask, other=0.0)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for r0 in range(0, rank, BLOCK_R):
-            h_mask = live[:, None] & (r0 + r < rank)[None, :]
-            h = _sum_planes(planes, positions, r_start + r0 + r, h_mask, num_rows, RANK_CAP, SPLIT)
-            acc = tl.dot(h.to(arena.dtype.element_ty).to(DOT), b_tile.to(DOT), acc, input_precision="ieee")
-            b_at += BLOCK_R * out.to(tl.int64)
-            b_tile = tl.load(b_at, mask=(r0 + BLOCK_R + r < rank)[:, None] & inside[None, :], other=0.0)
-        new = old.to(tl.float32)
-        if gain >= 0:
-            new *= tl.load(_place(arena, base, gain, ALIGNED) + n, mask=inside, other=0.0).to(tl.float32)[None, :]
-        new += scale * acc
-        if bias >= 0:
-            new += tl.load(_place(arena, base, bias, ALIGNED) + n, mask=inside, other=0.0).to(tl.float32)[None, :]
-        tl.store(y_at, new.to(y.dtype.element_ty), mask=y_mask)
+        old = tl.load(y_at, mask=live[:, None] & (n < out)[None, :], other=0.0)
+        h_mask = live[:, None] & (r < rank)[None, :]
+        first_h = _sum_planes(planes, positions, r_start + r, h_mask, num_rows, RANK_CAP, SPLIT).to(arena.dtype.element_ty).to(DOT)
+        for c in range(CHUNK):
+            inside = n < out
+            n_next = n + BLOCK_N
+            next_inside = (n_next < out) & (c + 1 < CHUNK)
+            b_next = tl.load(b_at + BLOCK_N, mask=(r < rank)[:, None] & next_inside[None, :], other=0.0)
+            old_next = tl.load(y_at + BLOCK_N, mask=live[:, None] & next_inside[None, :], other=0.0)
+            acc = tl.dot(first_h, b_tile.to(DOT), input_precision="ieee")
+            for r0 in range(BLOCK_R, rank, BLOCK_R):
+                more = r0 + r < rank
+                b_more = tl.load(b_at + r0 * out, mask=more[:, None] & inside[None, :], other=0.0)
+                h = _sum_planes(planes, positions, r_start + r0 + r, live[:, None] & more[None, :], num_rows, RANK_CAP, SPLIT)
+                acc = tl.dot(h.to(arena.dtype.element_ty).to(DOT), b_more.to(DOT), acc, input_precision="ieee")
+            new = old.to(tl.float32)
+            if gain >= 0:
+                new *= tl.load(_place(arena, base, gain, ALIGNED) + n, mask=inside, other=0.0).to(tl.float32)[None, :]
+            new += scale * acc
+            if bias >= 0:
+                new += tl.load(_place(arena, base, bias, ALIGNED) + n, mask=inside, other=0.0).to(tl.float32)[None, :]
+            tl.store(y_at, new.to(y.dtype.element_ty), mask=live[:, None] & inside[None, :])
+            n, b_at, y_at, b_tile, old = n_next, b_at + BLOCK_N, y_at + BLOCK_N, b_next, old_next
 
 
 @triton.jit(do_not_specialize=["group", "num_tiles", "num_rows"])
 def _expand(
     y, arena, planes, tile_base, tile_start, tile_len, row_ids, group, num_tiles, num_rows, y_stride,
-    C1: tl.constexpr, C2: tl.constexpr, C3: tl.constexpr, C4: tl.constexpr, BLOCKS: tl.constexpr,
-    RANK_CAP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    DOT: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
+    C1: tl.constexpr, C2: tl.constexpr, C3: tl.constexpr, C4: tl.constexpr, CHUNKS: tl.constexpr,
+    RANK_CAP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_R: tl.constexpr, DOT: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[rows of the tile, columns] = gain * y + scale * (sum of planes) @ B + bias, in place; C1 to C4: where the sites' columns
-    end; an absent site is none wide. BLOCKS: blocks of columns, each within one site."""
+    end; an absent site is none wide. CHUNKS: chunks of columns of a tile, each within one site."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     item = tl.program_id(0)
-    base = tl.load(tile_base + item // BLOCKS)
+    base = tl.load(tile_base + item // CHUNKS)
     while base >= 0:
-        site, start, stop, block = _site_of(item % BLOCKS, C1, C2, C3, C4, BLOCK_N, ALIGNED)
+        site, start, stop, chunk = _site_of(item % CHUNKS, C1, C2, C3, C4, CHUNK * BLOCK_N, ALIGNED)
         desc = (arena + base).to(tl.pointer_type(tl.int64), bitcast=True) + group * _DESC_WIDTH
         _expand_tile(
-            y, arena, planes, item // BLOCKS, base, desc + 2 + site * _SITE_WIDTH, row_ids, tile_start, tile_len, num_rows, y_stride,
-            start, stop - start, block, RANK_CAP, SPLIT, BLOCK_M, BLOCK_N, BLOCK_R, DOT, ALIGNED, PDL,
+            y, arena, planes, item // CHUNKS, base, desc + 2 + site * _SITE_WIDTH, row_ids, tile_start, tile_len, num_rows, y_stride,
+            start, stop - start, chunk, RANK_CAP, SPLIT, BLOCK_M, BLOCK_N, CHUNK, BLOCK_R, DOT, ALIGNED, PDL,
         )  # fmt: skip
         item += tl.num_programs(0)
-        base = tl.load(tile_base + item // BLOCKS, mask=item < num_tiles * BLOCKS, other=-1)
+        base = tl.load(tile_base + item // CHUNKS, mask=item < num_tiles * CHUNKS, other=-1)
     if PDL:  # whoever waits for this kernel relies on the shrink's end too, even if no tile was live here
         tl.extra.cuda.gdc_wait()
 
@@ -170,9 +179,14 @@ class Call(NamedTuple):
     args: tuple
     options: dict
 
-    def launch(self) -> None:
-        """Run it on the current stream."""
-        self.kernel[(self.num_programs,)](*self.args, **self.options)
+    def launch(self):
+        """Run it on the current stream; Triton's compiled kernel."""
+        return self.kernel[(self.num_programs,)](*self.args, **self.options)
+
+    @property
+    def constants(self) -> tuple:
+        """The values of the kernel's parameters behind `args`, in their order."""
+        return tuple(self.options[name] for name in self.kernel.arg_names[len(self.args) :])
 
     def compile(self):
         """Triton's compiled kernel, also into its disk cache, without a launch; tensors on the meta device will do."""
@@ -199,15 +213,15 @@ def expand_call(y: torch.Tensor, arena: torch.Tensor, shape: GroupShape, tiles: 
     """What `expand` launches."""
     _check(y, shape.out_features, arena, tiles, scratch, choice)
     num_tiles, stops = tiles.tile_base.numel(), [stop for _, stop in shape.columns]
-    blocks = sum(triton.cdiv(stop - start, choice.block_n) for start, stop in shape.columns)
+    chunks = sum(triton.cdiv(stop - start, choice.block_n * choice.chunk) for start, stop in shape.columns)
     stops += stops[-1:] * (MAX_SITES - len(stops))
     return Call(
         _expand,
-        _num_programs(num_tiles * blocks, choice.expand_programs),
-        (y, arena, scratch, *tiles[:4], shape.index, num_tiles, scratch.shape[1], y.stride(0), *stops, blocks),
+        _num_programs(num_tiles * chunks, choice.expand_programs),
+        (y, arena, scratch, *tiles[:4], shape.index, num_tiles, scratch.shape[1], y.stride(0), *stops, chunks),
         dict(
             RANK_CAP=scratch.shape[2], SPLIT=choice.split_k, BLOCK_M=tiles.block_m, BLOCK_N=choice.block_n,
-            BLOCK_R=choice.expand_block_r, num_warps=choice.expand_warps, num_stages=choice.expand_stages,
+            CHUNK=choice.chunk, BLOCK_R=choice.expand_block_r, num_warps=choice.expand_warps, num_stages=choice.expand_stages,
             **_common(arena, shape, choice),
         ),
     )  # fmt: skip
@@ -232,8 +246,35 @@ def apply_group(
 
     Semantics: `apply_group_reference`, with float32 accumulation; products' operands have the arena's type. `scratch` may be shared by all
     groups of a model that run one after another; neither it nor unused tiles need to hold anything in particular."""
-    shrink(x, arena, shape, tiles, scratch, choice)
-    expand(y, arena, shape, tiles, scratch, choice)
+    # Triton's own way from a call to a launch binds and specializes some twenty arguments: 100 us a pair and more, 128 pairs a step. So
+    # what was compiled for the same shapes, strides and alignment is launched directly; what differs otherwise is an argument.
+    key = (shape[:2], choice, arena.dtype, x.device.index, scratch.shape[2], x.stride(0), y.stride(0), x.data_ptr() % 16, y.data_ptr() % 16)
+    prepared = _prepared.get(key)
+    if prepared is None:
+        calls = shrink_call(x, arena, shape, tiles, scratch, choice), expand_call(y, arena, shape, tiles, scratch, choice)
+        compiled = [call.launch() for call in calls]
+        if not triton.knobs.runtime.interpret:
+            chunks = calls[1].args[-1]
+            _prepared[key] = _Prepared(compiled[0], calls[0].constants, compiled[1], (*calls[1].args[11:], *calls[1].constants), chunks)
+        return
+    num_tiles, shared = tiles.tile_base.numel(), (arena, scratch, *tiles[:4], shape.index, tiles.tile_base.numel(), scratch.shape[1])
+    num_shrinks = _num_programs(num_tiles * choice.split_k, choice.shrink_programs)
+    prepared.shrink[(num_shrinks, 1, 1)](x, *shared, x.stride(0), *prepared.shrink_constants)
+    num_expands = _num_programs(num_tiles * prepared.chunks, choice.expand_programs)
+    prepared.expand[(num_expands, 1, 1)](y, *shared, y.stride(0), *prepared.expand_constants)
+
+
+class _Prepared(NamedTuple):
+    """A pair of kernels that Triton has compiled and launched before, and the constants that their launchers still want."""
+
+    shrink: Any
+    shrink_constants: tuple
+    expand: Any
+    expand_constants: tuple
+    chunks: int
+
+
+_prepared: dict[tuple, _Prepared] = {}
 
 
 def _num_programs(items: int, most: int) -> int:

@@ -28,6 +28,7 @@ class Choice(NamedTuple):
     shrink_stages: int
     shrink_programs: int
     block_n: int
+    chunk: int  # blocks of columns that one program expands, one after another
     expand_block_r: int
     expand_warps: int
     expand_stages: int
@@ -43,6 +44,7 @@ class _Row(NamedTuple):
     split_k: int
     block_k: int
     block_n: int
+    chunk_n: int  # columns that one program expands; twice as many where a site is wider than 8192
     shrink_warps: int
     shrink_stages: int
     expand_warps: int
@@ -53,22 +55,22 @@ _ANY = 1 << 30
 _TABLES: dict[str, tuple[_Row, ...]] = {
     # Few rows: as many programs as can be, since each reads little. Many rows: the same factors serve 64 rows at once.
     "hopper": (
-        _Row(8, 16, 16, 128, 64, 4, 4, 4, 8),
-        _Row(512, 16, 8, 128, 128, 4, 3, 4, 8),
-        _Row(_ANY, 64, 2, 64, 128, 4, 3, 4, 8),
+        _Row(8, 16, 8, 256, 128, 128, 4, 4, 4, 0),
+        _Row(512, 16, 8, 256, 128, 512, 4, 3, 4, 8),
+        _Row(_ANY, 64, 2, 256, 128, 512, 4, 3, 8, 16),
     ),
     # A projection, measured by nobody yet. 300 GB/s times a latency of 0.8 us is 240 KB in flight, 4 KB an SM, so half of Hopper's
     # split fills the card; 100 KB of shared memory an SM hold three programs of 3 x (16 + 64) x 64 elements; no PDL before sm_90.
     "ada": (
-        _Row(8, 16, 16, 64, 64, 4, 3, 4, 4),
-        _Row(512, 16, 4, 64, 128, 4, 3, 4, 4),
-        _Row(_ANY, 64, 1, 64, 128, 4, 3, 4, 4),
+        _Row(8, 16, 8, 128, 128, 128, 4, 3, 4, 0),
+        _Row(512, 16, 4, 128, 128, 512, 4, 3, 4, 8),
+        _Row(_ANY, 64, 1, 64, 128, 512, 4, 3, 4, 8),
     ),
     # Anything else with Triton: Ada's row, whose needs any card since Ampere meets.
     "generic": (
-        _Row(8, 16, 16, 64, 64, 4, 3, 4, 4),
-        _Row(512, 16, 4, 64, 128, 4, 3, 4, 4),
-        _Row(_ANY, 64, 1, 64, 128, 4, 3, 4, 4),
+        _Row(8, 16, 8, 128, 128, 128, 4, 3, 4, 0),
+        _Row(512, 16, 4, 128, 128, 512, 4, 3, 4, 8),
+        _Row(_ANY, 64, 1, 64, 128, 512, 4, 3, 4, 8),
     ),
 }
 
@@ -97,6 +99,8 @@ def choose(card: Card, num_rows: int, shape: GroupShape) -> Choice:
     row = _row_of(card, num_rows)
     split_k, block_k = _cut(shape.in_features, row.split_k, row.block_k)
     widest = max(stop - start for start, stop in shape.columns)
+    block_n = min(row.block_n, max(16, _power_of_two(widest)))
+    chunk_n = row.chunk_n * (2 if widest > 8192 and row.chunk_n > row.block_n else 1)
     return Choice(
         block_m=row.block_m,
         split_k=split_k,
@@ -106,7 +110,8 @@ def choose(card: Card, num_rows: int, shape: GroupShape) -> Choice:
         shrink_warps=row.shrink_warps,
         shrink_stages=row.shrink_stages,
         shrink_programs=card.num_sms * row.waves,
-        block_n=min(row.block_n, max(16, _power_of_two(widest))),
+        block_n=block_n,
+        chunk=max(1, min(chunk_n, _power_of_two(widest)) // block_n),
         expand_block_r=16,
         expand_warps=row.expand_warps,
         expand_stages=1,

@@ -44,8 +44,8 @@ def test_mixed_kinds_equal_peft(model_type, kinds, tmp_path):
 def test_idle_adapters_make_room_for_tokens_and_tokens_for_adapters(tmp_path):
     params, num_blocks = SamplingParams(max_new_tokens=6), 20
     roomy, base = engine(num_blocks=400)
-    folders = [save_adapter(tmp_path / f"a{i}", "llama", seed=i, r=4) for i in range(3)]
-    refs = [pack(folder, base.layout, tmp_path / f"p{i}") for i, folder in enumerate(folders)] + [None]
+    made = [save_adapter(tmp_path / f"a{i}", "llama", seed=i, r=4) for i in range(3)]
+    refs = [pack(folder, base.layout, tmp_path / f"p{i}") for i, folder in enumerate(made)] + [None]
     block_bytes = PagedAttention.num_bytes(base.attention_shapes, 4, base.dtype)
     adapter_bytes = -(-((tmp_path / "p0").stat().st_size + 4096) // block_bytes) * block_bytes
     # Tokens and one adapter fit at a time, of what four sequences and three adapters ask for.

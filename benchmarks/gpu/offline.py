@@ -1,0 +1,87 @@
+"""The parts that call engines directly: which program runs which cases, one after the other, within the time.
+
+Owns the subprocesses and the stamping of their rows. Ours takes all cases in one start; vLLM needs a start for each set of adapters and
+each max_loras, since it cannot serve another rank or number of them. Called by __main__, and by served
+for the engine called directly.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.gpu.adapters import write_adapters
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.plan import Plan
+from benchmarks.gpu.rows import ROOT, read_rows
+from benchmarks.gpu.workloads import AdapterSet, Case, sizes
+
+
+def run_ours(bench: Bench, cases: Sequence[Case]) -> bool:
+    """All cases in one start. False if the program failed or ran out of time; what it measured is kept."""
+    return _run_program(bench, "ours", bench.plan(cases), dict(os.environ))
+
+
+def run_vllm(bench: Bench, cases: Sequence[Case]) -> bool:
+    """The cases by configuration: LoRA off for the base, then each set of adapters. False if one failed or there was no time for it."""
+    environment = _vllm_environment(bench.vllm_site)
+    if environment is None:
+        print("vllm: cannot be imported here; left out (--vllm-site names the folder that it is in)", flush=True)
+        return True
+    done = True
+    for adapters in dict.fromkeys(case.adapters for case in cases):
+        chosen = [case for case in cases if case.adapters == adapters]
+        folders = {adapters.name: [str(folder) for folder in write_adapters(bench.work, bench.model, adapters)]} if adapters else {}
+        for max_loras in _max_loras(bench, adapters):
+            plan = bench.plan(
+                chosen,
+                repeats=bench.vllm_repeats,
+                adapter_folders=folders,
+                vllm=bench.vllm_options | ({"max_loras": max_loras} if max_loras else {}),
+            )
+            done &= _run_program(bench, "peer_vllm", plan, environment)
+    return done
+
+
+def _max_loras(bench: Bench, adapters: AdapterSet | None) -> tuple[int, ...]:
+    """vLLM's setting: several are tried with the many, which do not fit it; the few all fit."""
+    if adapters is None:
+        return (0,)
+    return bench.max_loras if adapters == sizes(bench.model).many else (adapters.count,)
+
+
+def _vllm_environment(site: Path | None) -> dict[str, str] | None:
+    """vLLM's own packages before this repository's code, and none of our engine's; None if there is no vLLM."""
+    if site is None:
+        return dict(os.environ) if importlib.util.find_spec("vllm") else None
+    if not (site / "vllm").is_dir():
+        raise ValueError(f"--vllm-site {site}: there is no vllm in it")
+    return os.environ | {"PYTHONPATH": f"{site}{os.pathsep}{ROOT}"}
+
+
+def _run_program(bench: Bench, program: str, plan: Plan, environment: dict[str, str]) -> bool:
+    if time.monotonic() >= plan.deadline_at:
+        print(f"{program}: no time left for {', '.join(case.name for case in plan.cases)} ({plan.vllm or 'as it is'})", flush=True)
+        return False
+    name = f"{program}-{bench.stamp['run']}-{time.monotonic_ns()}"
+    rows_path, plan_path = bench.work / f"{name}.rows", plan.write(bench.work / f"{name}.plan")
+    rows_path.touch()
+    command = [sys.executable, "-m", f"benchmarks.gpu.{program}", str(plan_path), str(rows_path)]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment)
+    try:
+        status: int | None = process.wait(plan.remaining_s())
+    except subprocess.TimeoutExpired:
+        status = None
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        bench.keep(read_rows([rows_path]))
+    if status:
+        print(f"{program}: ended with status {status}; what it had measured is kept", flush=True)
+    elif status is None:
+        print(f"{program}: out of time; what it had measured is kept", flush=True)
+    return status == 0
