@@ -109,6 +109,8 @@ def use_arena(base: BaseModel, options: EngineOptions, backends: Backends, memor
         base.attach_attention(PagedAttention(base.attention_shapes, keys, values))
     tiling = Tiling(base.state, arena.data, options.max_batch_tokens)
     base.use_operators(tiling.add, compile_layers=backends.compile_layers)
+    if base.device.type == "cuda":
+        tiling.warm_up(base.group_shapes)
     return arena, tiling
 
 

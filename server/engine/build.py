@@ -3,7 +3,9 @@
 Used by the engine process, and by scripts and benchmarks that want the engine without HTTP.
 """
 
+import gc
 import logging
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +30,7 @@ from server.model.load import load_base
 from server.types import EngineOptions, EngineRequest, SamplingParams
 
 log = logging.getLogger(__name__)
-RESERVED_HOST_BYTES = 1 << 30  # page-locked at the start
+RESERVED_HOST_BYTES = 8 << 30  # page-locked at the start
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -85,7 +87,9 @@ def assemble(
     if plan.kernels == "triton":
         arena, tiling = use_arena(base, options, plan, memory)
         slabs = HostSlabs(pinned=base.device.type == "cuda")
-        slabs.reserve(min(memory.adapter_host_bytes, RESERVED_HOST_BYTES) if base.device.type == "cuda" else 0)
+        if base.device.type == "cuda":  # beside the compilations; while requests are served, page-locking would hold up their launches
+            reserved = min(memory.adapter_host_bytes, RESERVED_HOST_BYTES)
+            threading.Thread(target=slabs.reserve, args=(reserved,), name="host-slabs", daemon=True).start()
         carrier = ArenaCarrier(base.layout, base.group_shapes, base.placer, arena, pool, slabs)
     else:
         base.attach_cache(memory.num_blocks, options.block_size)
@@ -122,3 +126,5 @@ def _warm_up(core: EngineCore, base: BaseModel) -> None:
         if failed:
             raise ValueError(f"the model does not run: {failed[0]}")
     core.num_steps = core.num_prompt_tokens = core.num_output_tokens = core.scheduler.num_cached_tokens = 0
+    gc.collect()
+    gc.freeze()  # what is here stays: a collection in the middle of a step need not look at a million objects of torch's

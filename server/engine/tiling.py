@@ -6,9 +6,11 @@ Owns the scratch that the kernels share, and the launch choices by group and num
 import numpy as np
 import torch
 
-from server.kernels.grouped import NONE, GroupShape, Tiles, make_tiles, new_scratch
+from server.kernels.grouped import NONE, GroupShape, Tiles, empty_tiles, make_tiles, new_scratch
 from server.kernels.launch import Card, Choice, block_m_of, card_of, choose, max_split_k
 from server.model.forward import ForwardState
+
+WARM_ROWS = (8, 512, 1024)  # one of each line of launch.py's tables
 
 
 class Tiling:
@@ -27,6 +29,19 @@ class Tiling:
     def block_m(self, num_rows: int) -> int:
         """Rows of a tile in a step of so many rows."""
         return block_m_of(self.card, num_rows)
+
+    def warm_up(self, shapes: list[GroupShape]) -> None:
+        """Have the kernels of every kind of step compiled: the first step that needs one would stop everybody for seconds."""
+        for num_rows in sorted({min(num_rows, self.max_rows) for num_rows in WARM_ROWS}):
+            tiles = empty_tiles(2, num_rows, self.block_m(num_rows), self._device)
+            for shape in {shape[:2]: shape for shape in shapes}.values():
+                x = torch.zeros(num_rows, shape.in_features, dtype=self._arena.dtype, device=self._device)
+                y = torch.zeros(num_rows, shape.out_features, dtype=self._arena.dtype, device=self._device)
+                self._state.tiles = tiles
+                try:
+                    self.add(y, x, shape)
+                finally:
+                    self._state.clear()
 
     def tiles_for(self, bases: np.ndarray) -> Tiles | None:
         """Tiles of a step that runs uncaptured, from each row's adapter (int64 [rows], -1: the base); None if there are only base rows."""

@@ -23,6 +23,7 @@ DESC_WIDTH = 2 + SITE_WIDTH * MAX_SITES
 BASE_BYTES = 64  # an adapter's run begins at a multiple of this
 RANK_CAP = 512  # the most ranks of one adapter at one group, unless a scratch of another width is given
 NONE = -1
+KERNEL_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class SiteEntry(NamedTuple):
@@ -179,3 +180,21 @@ def read_group(arena: torch.Tensor, base: int, shape: GroupShape, dtype: torch.d
         factors = factor(b, r_stop - r_start, out), factor(gain, out), factor(bias, out)
         parts.append(Part(start, stop, r_start, r_stop, real_scale, *factors))
     return GroupDelta(factor(desc[0], desc[1], shape.in_features), tuple(parts))
+
+
+def check_rows(
+    rows: torch.Tensor, width: int, arena: torch.Tensor, tiles: Tiles, scratch: torch.Tensor, block_m: int, split_k: int
+) -> None:
+    """ValueError if what the kernels are given does not fit together."""
+    if arena.dtype not in KERNEL_TYPES or rows.dtype != arena.dtype:
+        raise ValueError(
+            f"rows are {rows.dtype} and the arena is {arena.dtype}; allowed is one of {[str(t) for t in KERNEL_TYPES]} for both"
+        )
+    if rows.ndim != 2 or rows.shape[1] != width or rows.stride(1) != 1:
+        raise ValueError(f"rows have shape {list(rows.shape)} and strides {rows.stride()}; expected [rows, {width}] with adjacent columns")
+    if tiles.block_m != block_m:
+        raise ValueError(f"tiles of {tiles.block_m} rows with a choice for {block_m}")
+    if scratch.dtype != torch.float32 or not scratch.is_contiguous():
+        raise ValueError("scratch: contiguous float32 is expected")
+    if scratch.shape[0] < split_k or scratch.shape[1] < tiles.row_ids.numel():
+        raise ValueError(f"scratch {list(scratch.shape)} is too small for {split_k} parts of {tiles.row_ids.numel()} rows")

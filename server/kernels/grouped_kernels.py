@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from server.kernels.grouped import DESC_WIDTH, MAX_SITES, SITE_WIDTH, GroupShape, Tiles
+from server.kernels.grouped import DESC_WIDTH, MAX_SITES, SITE_WIDTH, GroupShape, Tiles, check_rows
 from server.kernels.launch import Choice
 
 _DESC_WIDTH, _SITE_WIDTH = tl.constexpr(DESC_WIDTH), tl.constexpr(SITE_WIDTH)
@@ -195,7 +195,7 @@ class Call(NamedTuple):
 
 def shrink_call(x: torch.Tensor, arena: torch.Tensor, shape: GroupShape, tiles: Tiles, scratch: torch.Tensor, choice: Choice) -> Call:
     """What `shrink` launches."""
-    _check(x, shape.in_features, arena, tiles, scratch, choice)
+    check_rows(x, shape.in_features, arena, tiles, scratch, choice.block_m, choice.split_k)
     num_tiles = tiles.tile_base.numel()
     return Call(
         _shrink,
@@ -211,7 +211,7 @@ def shrink_call(x: torch.Tensor, arena: torch.Tensor, shape: GroupShape, tiles: 
 
 def expand_call(y: torch.Tensor, arena: torch.Tensor, shape: GroupShape, tiles: Tiles, scratch: torch.Tensor, choice: Choice) -> Call:
     """What `expand` launches."""
-    _check(y, shape.out_features, arena, tiles, scratch, choice)
+    check_rows(y, shape.out_features, arena, tiles, scratch, choice.block_m, choice.split_k)
     num_tiles, stops = tiles.tile_base.numel(), [stop for _, stop in shape.columns]
     chunks = sum(triton.cdiv(stop - start, choice.block_n * choice.chunk) for start, stop in shape.columns)
     stops += stops[-1:] * (MAX_SITES - len(stops))
@@ -291,16 +291,3 @@ def _common(arena: torch.Tensor, shape: GroupShape, choice: Choice) -> dict:
         "PDL": choice.pdl and not interpreted,
         **({"launch_pdl": True} if choice.pdl and not interpreted else {}),
     }
-
-
-def _check(rows: torch.Tensor, width: int, arena: torch.Tensor, tiles: Tiles, scratch: torch.Tensor, choice: Choice) -> None:
-    if arena.dtype not in _TYPES or rows.dtype != arena.dtype:
-        raise ValueError(f"rows are {rows.dtype} and the arena is {arena.dtype}; allowed is one of {[str(t) for t in _TYPES]} for both")
-    if rows.ndim != 2 or rows.shape[1] != width or rows.stride(1) != 1:
-        raise ValueError(f"rows have shape {list(rows.shape)} and strides {rows.stride()}; expected [rows, {width}] with adjacent columns")
-    if tiles.block_m != choice.block_m:
-        raise ValueError(f"tiles of {tiles.block_m} rows with a choice for {choice.block_m}")
-    if scratch.dtype != torch.float32 or not scratch.is_contiguous():
-        raise ValueError("scratch: contiguous float32 is expected")
-    if scratch.shape[0] < choice.split_k or scratch.shape[1] < tiles.row_ids.numel():
-        raise ValueError(f"scratch {list(scratch.shape)} is too small for {choice.split_k} parts of {tiles.row_ids.numel()} rows")

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from server.engine.core import run_until_idle
+from server.kernels.launch import choose
 from server.model.attention import ATTENTION_NAME, PagedAttention
 from server.types import EngineRequest, SamplingParams
 from tests.server.engine.peft_oracle import pack, save_adapter
@@ -98,3 +99,15 @@ def test_compiled_layers_are_alike_and_never_compiled_again(folders, tmp_path): 
         core.add(EngineRequest("again", prompt(1, 13), SamplingParams(max_new_tokens=1)))
         assert run_until_idle(core)[-1].error is None
     assert answers(core, base) == plain
+
+
+def test_the_kernels_of_every_kind_of_step_are_compiled_before_the_first(monkeypatch):
+    core, base = engine(max_batch_tokens=2048)
+    launched = []
+    monkeypatch.setattr(
+        core.runner.tiling, "_apply", lambda y, x, arena, shape, tiles, scratch, choice: launched.append((shape[:2], choice))
+    )
+    core.runner.tiling.warm_up(base.group_shapes)
+    for num_rows in (1, 2, 8, 9, 64, 300, 512, 513, 2048):
+        for shape in base.group_shapes:
+            assert (shape[:2], choose(core.runner.tiling.card, num_rows, shape)) in launched
