@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.gpu.table import readme_table
 from docs import deploy_tables, edge_tables, flag_tables, openai_tables, parity, server_settings
 from server.adapters.config import FIELDS
 from server.settings.fields import Settings
@@ -63,6 +64,12 @@ def cpu_benchmark() -> str:
     return "\n".join(rows)
 
 
+def gpu_benchmark() -> str:
+    """The newest saved run of `python -m benchmarks.gpu` on an H100."""
+    newest = max((FOLDER.parent / "benchmarks" / "results").glob("*-h100-*.json"))
+    return readme_table(json.loads(newest.read_text()))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "lora_fields": lora_fields,
     "settings": settings,
@@ -73,6 +80,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "openai_refused": openai_tables.openai_refused,
     "architectures": architectures,
     "cpu_benchmark": cpu_benchmark,
+    "gpu_benchmark": gpu_benchmark,
     **deploy_tables.TABLES,
     **edge_tables.TABLES,
 }
