@@ -53,11 +53,12 @@ def main(argv: Sequence[str]) -> int:
     log.info("settings: %s", settings.model_dump_json())
 
     from server.api.app import make_api
+    from server.api.devices import count_gpus
     from server.api.serving import DrainingServer
 
     servers: list[DrainingServer] = []
     try:
-        api = make_api(settings, model, on_fatal=lambda reason: servers[0].on_fatal(reason))
+        api = make_api(settings, model, num_gpus=count_gpus(os.environ), on_fatal=lambda reason: servers[0].on_fatal(reason))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -134,7 +134,7 @@ class Metrics:
         self.max_new_tokens = _histogram(r, "lorax_request_max_new_tokens", "Tokens asked for", _TOKENS)
         self.generated_tokens = _histogram(r, "lorax_request_generated_tokens", "Tokens generated", _TOKENS)
         self.in_flight = Gauge("manylora_sequences_in_flight", "Sequences admitted and not yet ended", registry=r)
-        self.engine_up = Gauge("manylora_engine_up", "1 while the engine answers", registry=r)
+        self.engine_up = Gauge("manylora_engine_up", "Engines that answer", registry=r)
         self.engine_starts = Counter("manylora_engine_starts", "Times that the engine was started", registry=r)
         self.adapter_resolutions = Counter("manylora_adapter_resolutions", "Adapters resolved, by outcome", ["outcome"], registry=r)
         self.adapter_resolve = _histogram(r, "manylora_adapter_resolve_seconds", "Seconds to find, fetch and pack an adapter", _SECONDS)

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
+import psutil
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -20,7 +22,9 @@ from server.api.adapters import AdapterResolver
 from server.api.admission import Admission
 from server.api.base_model import ServedModel
 from server.api.body import ClientGone
+from server.api.devices import engine_devices
 from server.api.engine import ENGINE_COMMAND, EngineClient
+from server.api.engines import Engines
 from server.api.front import put_before
 from server.api.lora_info import LoraRequestsInfo
 from server.api.openapi import describe
@@ -61,22 +65,25 @@ def make_api(
     model: ServedModel,
     *,
     engine_command: Sequence[str] = ENGINE_COMMAND,
+    num_gpus: int = 0,
     on_fatal: Callable[[str], None] = lambda reason: None,
 ) -> Api:
-    """The parts, not yet started. `settings` must be resolved (Settings.resolved). ValueError, naming the setting, if they cannot be."""
+    """The parts, not yet started; an engine for each of `num_gpus` if the settings leave it open.
+
+    `settings` must be resolved (Settings.resolved). ValueError, naming the setting, if they cannot be."""
     _check_sources(settings)
     metrics = Metrics(max_adapters=settings.metrics_max_adapters)
     assert settings.store_dir is not None
-    engine = EngineClient(
-        engine_options(settings, model),
-        metrics,
-        max_open=settings.max_concurrent_requests,
-        start_timeout_s=settings.start_timeout_s,
-        heartbeat_timeout_s=settings.heartbeat_timeout_s,
-        hang_timeout_s=settings.hang_timeout_s,
-        command=engine_command,
-        on_fatal=on_fatal,
-    )
+    each = options_of_each(engine_options(settings, model), settings.num_engines, num_gpus)
+    client_options: dict[str, Any] = {
+        "max_open": settings.max_concurrent_requests,
+        "start_timeout_s": settings.start_timeout_s,
+        "heartbeat_timeout_s": settings.heartbeat_timeout_s,
+        "hang_timeout_s": settings.hang_timeout_s,
+        "command": engine_command,
+        "on_fatal": on_fatal,
+    }
+    engine = EngineClient(each[0], metrics, **client_options) if len(each) == 1 else Engines(each, metrics, **client_options)
     traces = Traces(settings.otlp_endpoint) if settings.otlp_endpoint is not None else None
     metrics.on_end = traces or metrics.on_end
     publisher, adapters = _adapters(settings, model, engine, metrics)
@@ -96,7 +103,9 @@ def make_api(
     )
 
 
-def _adapters(settings: Settings, model: ServedModel, engine: EngineClient, metrics: Metrics) -> tuple[Publisher, AdapterResolver]:
+def _adapters(
+    settings: Settings, model: ServedModel, engine: EngineClient | Engines, metrics: Metrics
+) -> tuple[Publisher, AdapterResolver]:
     """Names, sources and store of one server, and what is told to its engine about adapters. ValueError if the registry cannot be read."""
     assert settings.store_dir is not None and settings.registry_dir is not None
     registry = Registry(settings.registry_dir, model.name, canonical_name(settings.default_adapter_source or settings.adapter_source))
@@ -154,6 +163,15 @@ def engine_options(settings: Settings, model: ServedModel) -> EngineOptions:
         num_threads=settings.num_threads,
         allow_unverified_architecture=settings.allow_unverified_architecture,
     )
+
+
+def options_of_each(options: EngineOptions, num_engines: int | None, num_gpus: int) -> list[EngineOptions]:
+    """One engine's options for each device; the host's memory is divided among them. ValueError names the setting that cannot be met."""
+    devices = engine_devices(options.device, num_engines, num_gpus)
+    if len(devices) == 1:
+        return [msgspec.structs.replace(options, device=devices[0])]
+    host_bytes = (options.adapter_host_bytes or psutil.virtual_memory().available // 4) // len(devices)
+    return [msgspec.structs.replace(options, device=device, adapter_host_bytes=host_bytes) for device in devices]
 
 
 def source_options(settings: Settings) -> SourceOptions:

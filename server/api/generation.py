@@ -14,6 +14,7 @@ import msgspec
 
 from server.api.adapters import ResolvedAdapter
 from server.api.engine import EngineClient
+from server.api.engines import Engines
 from server.api.sampling import Limits, too_long
 from server.api.sequence import TextSequence, Token, follow
 from server.api.text.tokenizer import Tokenizer
@@ -42,7 +43,7 @@ class Generation:
     """A running or finished plan. `sequences` has `samples` entries for each prompt, prompts in order."""
 
     plan: Plan
-    engine: EngineClient
+    engine: EngineClient | Engines
     sequences: list[TextSequence] = field(init=False)
 
     def __post_init__(self) -> None:

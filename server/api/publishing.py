@@ -15,6 +15,7 @@ import msgspec
 
 from server.api.adapters import AdapterResolver, AdapterSelection
 from server.api.engine import EngineClient
+from server.api.engines import Engines
 from server.api.packing import AdapterPacker, Packed
 from server.api.pins import Pins
 from server.api.published import OneVersion, PublishedWeights
@@ -48,7 +49,8 @@ class Publisher:
     """The orders of one server. For the event loop's thread. `reserved` are the base's names."""
 
     def __init__(
-        self, registry: Registry, weights: PublishedWeights, raw: Sources, store: Store, adapters: AdapterResolver, engine: EngineClient,
+        self, registry: Registry, weights: PublishedWeights, raw: Sources, store: Store, adapters: AdapterResolver,
+        engine: EngineClient | Engines,
         reserved: Collection[str],
     ) -> None:  # fmt: skip
         self.registry, self._weights, self._raw, self._store = registry, weights, raw, store

@@ -16,6 +16,7 @@ from server.api.adapters import AdapterResolver, AdapterSelection, ResolvedAdapt
 from server.api.admission import Admission
 from server.api.base_model import ServedModel
 from server.api.engine import EngineClient
+from server.api.engines import Engines
 from server.api.publishing import Publisher
 from server.api.sampling import Limits, too_long
 from server.api.text.template_worker import TemplateWorkers
@@ -38,7 +39,7 @@ class Api:
 
     settings: Settings
     model: ServedModel
-    engine: EngineClient
+    engine: EngineClient | Engines
     adapters: AdapterResolver
     publisher: Publisher
     status: AdapterStatus

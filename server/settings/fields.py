@@ -103,6 +103,7 @@ class Settings(BaseModel):
     compile_layers: bool | None = _set(None, "Engine", "Compile the decoder's layers at start; auto: on a GPU.")
     cuda_graphs: bool | None = _set(None, "Engine", "Capture decode steps at start and replay them; auto: with flashinfer.")
     overlap: bool | None = _set(None, "Engine", "Launch a step before the last one's tokens are looked at; auto: on a GPU.")
+    num_engines: int | None = _set(None, "Engine", "Engine processes, each with a GPU of its own; auto: one a visible GPU.", ge=1, le=64)
     num_threads: int | None = _set(None, "Engine", "CPU threads of the engine; auto: torch's choice.", ge=1, le=1024)
     start_timeout_s: float = _set(1800.0, "Engine", "The engine must be ready by then.", gt=0)
     heartbeat_timeout_s: float = _set(5.0, "Engine", "Unhealthy when the engine is silent for longer.", gt=0)
