@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 from pathlib import Path
 
 import httpx
@@ -107,14 +106,10 @@ def test_a_hard_schema_holds_up_nobody(server: Server) -> None:
     """Free requests go on while grammars are refused, one of which would kill a process that compiled it."""
     server.client.post("/v1/chat/completions", json=chat("x", response_format=formatted({"type": "null"}), max_tokens=5))
 
-    def free() -> float:
-        started_at = time.monotonic()
+    def free() -> None:
         assert server.client.post("/v1/chat/completions", json=chat("Hello", max_tokens=6)).status_code == 200
-        return time.monotonic() - started_at
 
-    alone_s = max(free() for _ in range(3))
-
-    async def all_at_once() -> tuple[list[httpx.Response], float]:
+    async def all_at_once() -> tuple[list[httpx.Response], int]:
         links = {f"d{n}": {"type": "object", "properties": {"a": {"$ref": f"#/$defs/d{n + 1}"}}} for n in range(3000)}
         crash = {"$defs": links | {"d3000": {"type": "string"}}, "$ref": "#/$defs/d0"}
         slow = [{"type": "integer", "multipleOf": 1_000_003 + n} for n in range(2)]
@@ -124,12 +119,15 @@ def test_a_hard_schema_holds_up_nobody(server: Server) -> None:
                 for one in [crash, *slow]
             ]
             await asyncio.sleep(0.2)
-            free_s = await asyncio.to_thread(lambda: max(free() for _ in range(3)))
-            return await asyncio.gather(*hard), free_s
+            num_free = 0
+            while not all(one.done() for one in hard) and num_free < 20:
+                await asyncio.to_thread(free)
+                num_free += not all(one.done() for one in hard)
+            return await asyncio.gather(*hard), num_free
 
-    refused, free_s = asyncio.run(all_at_once())
+    refused, num_free = asyncio.run(all_at_once())
     assert refused[0].status_code == 400 and "too complex" in refused[0].json()["error"]["message"]
     assert refused[0].json()["error"]["param"] == "response_format"
     assert {answer.status_code for answer in refused[1:]} <= {200, 400}
-    assert free_s < 4 * alone_s + 1.0
+    assert num_free >= 2  # answered while the hard ones were still open
     assert server.client.get("/health").status_code == 200
