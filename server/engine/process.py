@@ -6,9 +6,11 @@ is and until when that may last, so that a hung step is told from a long one.
 
 import argparse
 import logging
+import os
 import sys
 import threading
 import time
+from collections.abc import MutableMapping
 from pathlib import Path
 
 import msgspec
@@ -173,4 +175,19 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s engine %(name)s %(message)s")
     transformers.utils.logging.disable_progress_bar()
-    return serve(arguments.address, msgspec.json.decode(arguments.options.read_bytes(), type=EngineOptions))
+    options = msgspec.json.decode(arguments.options.read_bytes(), type=EngineOptions)
+    return serve(arguments.address, msgspec.structs.replace(options, device=see_one_gpu(options.device, os.environ)))
+
+
+def see_one_gpu(device: str, environment: MutableMapping[str, str]) -> str:
+    """Let `cuda:N` be the only GPU that this process sees, and say what it is called then. Before CUDA is used.
+
+    Readers' threads, Triton and FlashInfer take the current device, which in a new thread is always the first one."""
+    if not device.startswith("cuda:"):
+        return device
+    index = int(device.removeprefix("cuda:"))
+    visible = [entry.strip() for entry in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
+    if visible and index >= len(visible):
+        return device  # torch says that there is no such GPU
+    environment["CUDA_VISIBLE_DEVICES"] = visible[index] if visible else str(index)
+    return "cuda:0"

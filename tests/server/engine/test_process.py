@@ -10,6 +10,7 @@ import time
 import msgspec
 import pytest
 
+from server.engine.process import see_one_gpu
 from server.ipc.messages import Abort, AdapterEvent, Died, Heartbeat, Prefetch, Ready, Shutdown, StepOutputs, Submit
 from server.ipc.sockets import EngineSocket
 from server.types import AdapterRef, EngineOptions, EngineRequest, SamplingParams
@@ -147,3 +148,19 @@ async def test_what_cannot_start_says_why(tmp_path, model_dir, changes, reason):
         assert await asyncio.to_thread(engine.process.wait, 20) == 1
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize(
+    "device, visible, seen, called",
+    [
+        ("cuda:2", None, "2", "cuda:0"),
+        ("cuda:1", "3,5", "5", "cuda:0"),
+        ("cuda:0", "GPU-1a,GPU-2b", "GPU-1a", "cuda:0"),
+        ("cuda:2", "3,5", "3,5", "cuda:2"),
+        ("cuda", None, None, "cuda"),
+        ("cpu", "1", "1", "cpu"),
+    ],
+)
+def test_an_engine_sees_its_own_gpu_alone(device, visible, seen, called):
+    environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert see_one_gpu(device, environment) == called and environment.get("CUDA_VISIBLE_DEVICES") == seen
