@@ -4,6 +4,7 @@
 in this process. Only the loading is replaced: all else of the engine is the product's.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,4 +43,4 @@ if __name__ == "__main__":
     from server.engine.process import main
 
     install()
-    sys.exit(main())
+    sys.exit(main(os.environ))

@@ -1,7 +1,8 @@
 """Entry point of the engine process."""
 
+import os
 import sys
 
 from server.engine.process import main
 
-sys.exit(main())
+sys.exit(main(os.environ))

@@ -6,7 +6,6 @@ is and until when that may last, so that a hung step is told from a long one.
 
 import argparse
 import logging
-import os
 import sys
 import threading
 import time
@@ -166,7 +165,7 @@ def serve(address: str, options: EngineOptions) -> int:
         socket.close()
 
 
-def main() -> int:
+def main(environment: MutableMapping[str, str]) -> int:
     """`python -m server.engine --address ADDRESS --options FILE`: started by the API, not by people."""
     die_with_parent()
     parser = argparse.ArgumentParser(prog="python -m server.engine", description="The engine process; the server starts it by itself.")
@@ -176,7 +175,7 @@ def main() -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s engine %(name)s %(message)s")
     transformers.utils.logging.disable_progress_bar()
     options = msgspec.json.decode(arguments.options.read_bytes(), type=EngineOptions)
-    return serve(arguments.address, msgspec.structs.replace(options, device=see_one_gpu(options.device, os.environ)))
+    return serve(arguments.address, msgspec.structs.replace(options, device=see_one_gpu(options.device, environment)))
 
 
 def see_one_gpu(device: str, environment: MutableMapping[str, str]) -> str:
