@@ -53,7 +53,13 @@ def test_both_answer_the_same_and_one_outlives_the_other(server):
         os.kill(victim, signal.SIGKILL)
         codes = [future.result().status_code for future in waiting]
         assert set(codes) <= {200, 503} and codes.count(200) >= 4  # the other engine's share
-    assert server.client.get("/health").status_code == 200 and server.generate("pirate").json()["generated_text"] == alone["pirate"]
+    assert server.client.get("/health").status_code == 200
+    for _ in range(20):  # a request may still be open on an engine that is just found dead: 503, "try again"
+        if (answer := server.generate("pirate")).status_code != 503:
+            break
+        time.sleep(0.5)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["generated_text"] == alone["pirate"]
     wait_up(server, 2)
     assert victim not in [process.pid for process in engines(server)]
     assert server.generate().json()["generated_text"] == alone[None]
