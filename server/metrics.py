@@ -44,6 +44,7 @@ _ENGINE = {  # field of ipc.messages.EngineStats -> (name, what it is); *_total 
     "adapter_bytes_device": ("manylora_adapter_bytes_device", "Bytes of adapters in device memory"),
     "adapter_bytes_host": ("manylora_adapter_bytes_host", "Bytes of adapters in host memory"),
 }
+ENGINE_COUNTERS = frozenset(field for field, (name, _) in _ENGINE.items() if name.endswith("_total"))
 
 
 class Underway(Protocol):

@@ -3,6 +3,7 @@
 Owns the wiring alone. `server.__main__` and the tests call `make_app`.
 """
 
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -53,6 +54,8 @@ from server.metrics import Metrics
 from server.settings import Settings
 from server.sources import SourceOptions, Sources, Store, canonical_name
 from server.types import EngineOptions
+
+log = logging.getLogger(__name__)
 
 _SCHEMAS = (  # named by the routes with body_docs and stream_docs
     GenerateRequest, StreamEvent, TokenizeRequest, EmbedRequest, EmbeddingsRequest, ClassifyRequest, ClassifyBatchRequest,
@@ -124,6 +127,8 @@ def _adapters(
     )
     publisher = Publisher(registry, weights, raw, store, adapters, engine, model.names)
     engine.on_ready, engine.on_adapter = publisher.engine_ready, residency.take
+    if isinstance(engine, Engines):
+        engine.on_joined = publisher.engine_joined
     return publisher, adapters
 
 
@@ -166,12 +171,17 @@ def engine_options(settings: Settings, model: ServedModel) -> EngineOptions:
 
 
 def options_of_each(options: EngineOptions, num_engines: int | None, num_gpus: int) -> list[EngineOptions]:
-    """One engine's options for each device; the host's memory is divided among them. ValueError names the setting that cannot be met."""
+    """One engine's options for each device; the host's memory and cores are divided among them. ValueError names the setting that cannot
+    be met."""
     devices = engine_devices(options.device, num_engines, num_gpus)
     if len(devices) == 1:
         return [msgspec.structs.replace(options, device=devices[0])]
-    host_bytes = (options.adapter_host_bytes or psutil.virtual_memory().available // 4) // len(devices)
-    return [msgspec.structs.replace(options, device=device, adapter_host_bytes=host_bytes) for device in devices]
+    log.info("an engine on each of %s", ", ".join(devices))
+    shared = {
+        "adapter_host_bytes": (options.adapter_host_bytes or psutil.virtual_memory().available // 4) // len(devices),
+        "num_threads": options.num_threads or max(1, (psutil.cpu_count(logical=False) or 1) // len(devices)),
+    }
+    return [msgspec.structs.replace(options, device=device, **shared) for device in devices]
 
 
 def source_options(settings: Settings) -> SourceOptions:

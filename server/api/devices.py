@@ -3,18 +3,19 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-DRIVER = Path("/proc/driver/nvidia/gpus")  # one folder a GPU
+DRIVER = Path("/proc/driver/nvidia/gpus")  # one folder a GPU; a container sees those that it was given
 
 
 def count_gpus(environment: Mapping[str, str], driver: Path = DRIVER) -> int:
-    """GPUs that a process of ours would see: CUDA_VISIBLE_DEVICES if it is set (CUDA's rule: up to the first entry that is none), else what
-    NVIDIA's driver lists."""
+    """GPUs that a process of ours would see: what NVIDIA's driver lists, or of these the entries of CUDA_VISIBLE_DEVICES, up to the first
+    that is none (CUDA's rule). Without the driver's list (WSL) CUDA_VISIBLE_DEVICES is believed."""
+    present = sum(1 for _ in driver.iterdir()) if driver.is_dir() else None
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return sum(1 for _ in driver.iterdir()) if driver.is_dir() else 0
+        return present or 0
     count = 0
-    for entry in visible.split(","):
-        if not entry.strip() or entry.strip().startswith("-"):
+    for entry in (entry.strip() for entry in visible.split(",")):
+        if not entry or entry.startswith("-") or (present is not None and entry.isdecimal() and int(entry) >= present):
             break
         count += 1
     return count
@@ -22,13 +23,16 @@ def count_gpus(environment: Mapping[str, str], driver: Path = DRIVER) -> int:
 
 def engine_devices(device: str, num_engines: int | None, num_gpus: int) -> list[str]:
     """The device of each engine. ValueError names the setting that cannot be met."""
+    wanted = num_engines or 1
+    if device.startswith("cuda:") and wanted > 1:
+        raise ValueError(f"num_engines {wanted} with device {device}: several engines need device auto or cuda")
     if device not in ("auto", "cuda"):  # one that was named
-        if device.startswith("cuda") and (num_engines or 1) > 1:
-            raise ValueError(f"num_engines {num_engines} with device {device}: several engines need device auto or cuda")
-        return [device] * (num_engines or 1)
-    if num_gpus == 0:
-        return [device] * (num_engines or 1)
-    if (num_engines or 1) > num_gpus:
-        raise ValueError(f"num_engines {num_engines}: there are {num_gpus} GPUs")
-    count = num_engines or num_gpus
+        return [device] * wanted
+    if num_gpus == 0 and wanted > 1:  # none was found: two engines that each look for themselves could find the same one
+        if device == "cuda":
+            raise ValueError(f"num_engines {wanted} with device cuda: no GPU was found; CUDA_VISIBLE_DEVICES can name them")
+        return ["cpu"] * wanted
+    if wanted > max(num_gpus, 1):
+        raise ValueError(f"num_engines {wanted}: there are {num_gpus} GPUs")
+    count = num_engines or max(num_gpus, 1)
     return [device] if count == 1 else [f"cuda:{index}" for index in range(count)]

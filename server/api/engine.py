@@ -16,8 +16,8 @@ from pathlib import Path
 
 import msgspec
 
-import server.errors
-from server.errors import GenerationFailed, Overloaded, ServerError, Unavailable
+from server.api.outcome import unless_failed
+from server.errors import Overloaded, ServerError, Unavailable
 from server.ipc.messages import (
     Abort,
     AdapterEvent,
@@ -48,7 +48,8 @@ _WATCH_EVERY_S = 0.25
 
 
 class EngineClient:
-    """One engine process. `on_fatal` is called with the reason if the first start fails: trying again would not help."""
+    """One engine process. `on_fatal` is called with the reason if it could not start and never could before: trying again would not help,
+    unless it returns True."""
 
     def __init__(
         self,
@@ -61,7 +62,7 @@ class EngineClient:
         hang_timeout_s: float = 60.0,
         backoff_s: float = 1.0,
         command: Sequence[str] = ENGINE_COMMAND,
-        on_fatal: Callable[[str], None] = lambda reason: None,
+        on_fatal: Callable[[str], bool | None] = lambda reason: None,
     ) -> None:
         self._options, self._metrics, self._command, self._on_fatal = options, metrics, tuple(command), on_fatal
         self._max_open, self._backoff_s = max_open, backoff_s
@@ -78,6 +79,7 @@ class EngineClient:
         self.ready: Ready | None = None
         self.last_ready: Ready | None = None  # of the engine before, while a new one starts
         self.on_ready: Callable[[], None] = lambda: None
+        self.on_lost: Callable[[], None] = lambda: None  # it was started, and has ended
         self.on_adapter: Callable[[AdapterEvent], None] = lambda event: None
 
     # -- life ---------------------------------------------------------------------------------------------------------------------
@@ -97,6 +99,8 @@ class EngineClient:
         now = time.monotonic()
         if self.ready is None:
             return f"the engine is not ready ({self._phase})"
+        if self._process is not None and self._process.returncode is not None:
+            return "the engine has ended"
         if (silent_s := now - self._heard_at) > self._heartbeat_timeout_s:
             return f"the engine has been silent for {silent_s:.0f} s"
         beat = self._heartbeat
@@ -108,6 +112,11 @@ class EngineClient:
     def stats(self) -> Heartbeat | None:
         """The last heartbeat."""
         return self._heartbeat
+
+    @property
+    def device(self) -> str:
+        """Its GPU as this process counts them (the engine sees no other, and calls it cuda:0), or what it chose."""
+        return self._options.device if self._options.device != "auto" or self.last_ready is None else self.last_ready.device
 
     async def stop(self) -> None:
         """Stop the engine and end open requests."""
@@ -139,12 +148,12 @@ class EngineClient:
                 reason = f"the engine could not be started ({type(error).__name__})"
             if self._stopping:
                 return
-            log.error("%s; %d open requests failed", reason, len(self._open))
+            log.error("engine on %s: %s; %d open requests failed", self.device, reason, len(self._open))
             self.fail_open(Unavailable(f"the engine stopped while this request was open ({reason}); try again", retry_after_s=backoff_s))
             if self.last_ready is None:
                 self._phase = reason
-                self._on_fatal(reason)
-                return
+                if not self._on_fatal(reason):
+                    return
             backoff_s = self._backoff_s if time.monotonic() - was_up_at > _MAX_BACKOFF_S else min(backoff_s * 2, _MAX_BACKOFF_S)
             self._phase = f"{reason}; starting again in {backoff_s:.0f} s"
             await asyncio.sleep(backoff_s)
@@ -177,6 +186,7 @@ class EngineClient:
         finally:
             self.ready = self._heartbeat = self._socket = None
             self._metrics.engine_up.set(0)
+            self.on_lost()
             for task in tasks:
                 task.cancel()
             if tasks:
@@ -231,14 +241,14 @@ class EngineClient:
                 self._metrics.observe_engine(msgspec.structs.asdict(stats))
             case Starting(phase=phase, elapsed_s=elapsed_s):
                 self._phase = phase
-                log.info("engine: %s (%.1f s)", phase, elapsed_s)
+                log.info("engine on %s: %s (%.1f s)", self.device, phase, elapsed_s)
             case Ready():
                 self.ready = self.last_ready = message
                 self._phase = "ready"
                 self._became_ready.set()
                 self._metrics.engine_up.set(1)
                 self.on_ready()
-                log.info("engine ready on %s after %.1f s", message.device, time.monotonic() - self._started_at)
+                log.info("engine ready on %s after %.1f s", self.device, time.monotonic() - self._started_at)
             case AdapterEvent(state=state, load_s=load_s):
                 self.on_adapter(message)
                 if state in ("host", "device") and load_s:
@@ -274,7 +284,7 @@ class EngineClient:
             while not ended:
                 output = await waiting.get()
                 ended = isinstance(output, ServerError) or output.finish_reason is not None
-                yield _unless_failed(output)
+                yield unless_failed(output)
         except PeerLost:
             ended = True
             raise Unavailable("the engine is gone; try again", retry_after_s=1.0) from None
@@ -283,16 +293,3 @@ class EngineClient:
             if not ended and socket is self._socket:
                 with suppress(PeerLost):
                     socket.send(Abort([request.request_id]))
-
-
-def _unless_failed(output: SequenceOutput | ServerError) -> SequenceOutput:
-    """The output, or its error raised."""
-    if isinstance(output, ServerError):
-        raise output
-    if output.finish_reason == "aborted":
-        raise Unavailable("the request was ended because the engine is stopping", retry_after_s=1.0)
-    if output.finish_reason == "error":
-        kind = getattr(server.errors, output.error_kind or "", GenerationFailed)
-        known = isinstance(kind, type) and issubclass(kind, ServerError)
-        raise (kind if known else GenerationFailed)(output.error or "unknown error", param=output.error_param)
-    return output

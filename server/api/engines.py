@@ -1,68 +1,83 @@
-"""Several engines behind one API process, one a GPU: each request is placed on one of them. Looks like one EngineClient to its users.
+"""Several engines behind one API process, one a GPU. Looks like one EngineClient to its users; api.placement says who gets a request.
 
-Owns the placement and what each engine holds. It does not know requests beyond what places them, nor GPUs: an engine is what its
-EngineOptions say, and may one day own several (tensor parallelism). An engine that dies fails its own requests and is started again alone.
-
-The rule: where the request's adapter is, if that engine has at most `SLACK` open sequences more than the idlest; else the idlest. So a
-popular adapter is loaded on another engine as soon as its own has a queue that the others have not.
+Owns what is known of each engine, and tells each what it must know. Knows no GPUs: an engine is what its EngineOptions say, and may one day
+own several (tensor parallelism). An engine that dies fails its own requests and is started again alone. They are not tried elsewhere: a
+request that kills its engine would then kill them all.
 """
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from server.api.engine import EngineClient
+from server.api.placement import TIERS, Member, Place, choose
 from server.errors import Overloaded, ServerError, Unavailable
-from server.ipc.messages import AdapterEvent, Forget, Heartbeat, Pin, Prefetch, Ready, Unpin
-from server.metrics import Metrics
+from server.ipc.messages import AdapterEvent, EngineStats, Forget, Pin, Prefetch, Ready, Unpin
+from server.metrics import ENGINE_COUNTERS, Metrics
 from server.types import EngineOptions, EngineRequest, SequenceOutput
 
 log = logging.getLogger(__name__)
 
-SLACK = 8  # open sequences
-_RANK = {"device": 4, "host": 3, "copying": 3, "loading": 2, "failed": 1, "absent": 0}
+
+class EngineTotals:
+    """The numbers of several engines, added up. What an engine counted before it died stays in the sum, what it held does not."""
+
+    def __init__(self) -> None:
+        self._now: dict[int, dict[str, float]] = {}  # engine -> its last numbers
+        self._past: Counter[str] = Counter()
+        self._up: set[int] = set()
+
+    def take(self, index: int, stats: Mapping[str, float]) -> None:
+        """An engine's numbers."""
+        self._now[index] = dict(stats)
+
+    def lose(self, index: int) -> None:
+        """An engine has ended; the next one counts from zero."""
+        for name, value in self._now.pop(index, {}).items():
+            if name in ENGINE_COUNTERS:
+                self._past[name] += value
+
+    def set_up(self, index: int, is_up: bool) -> int:
+        """Whether this one answers; how many do."""
+        (self._up.add if is_up else self._up.discard)(index)
+        return len(self._up)
+
+    def sums(self) -> dict[str, float]:
+        """Fields of EngineStats."""
+        return {name: self._past[name] + sum(one.get(name, 0) for one in self._now.values()) for name in EngineStats.__struct_fields__}
 
 
-class _Share:
-    """The metrics as one of several engines sees them: what it says is added to what the others said."""
+class MetricsShare:
+    """The metrics as one of several engines sees them: what EngineClient uses of Metrics."""
 
-    def __init__(self, owner: "Engines", index: int, metrics: Metrics) -> None:
-        self._owner, self._index, self._metrics = owner, index, metrics
+    def __init__(self, metrics: Metrics, totals: EngineTotals, index: int) -> None:
+        self._metrics, self._totals, self._index = metrics, totals, index
         self.engine_starts, self.adapter_load, self.adapter_states = metrics.engine_starts, metrics.adapter_load, metrics.adapter_states
         self.engine_up = self
 
     def set(self, up: bool) -> None:
         """This engine answers, or not."""
-        self._owner.members[self._index].is_up = bool(up)
-        self._metrics.engine_up.set(sum(member.is_up for member in self._owner.members))
+        self._metrics.engine_up.set(self._totals.set_up(self._index, bool(up)))
 
     def observe_engine(self, stats: Mapping[str, float]) -> None:
         """This engine's numbers."""
-        self._owner.members[self._index].stats = dict(stats)
-        self._metrics.observe_engine(self._owner.sums())
+        self._totals.take(self._index, stats)
+        self._metrics.observe_engine(self._totals.sums())
 
-
-@dataclass(eq=False)
-class Member:
-    """One engine, and what it is known to hold."""
-
-    client: EngineClient
-    states: dict[str, str] = field(default_factory=dict)  # adapter -> its tier on this engine
-    pinned: set[str] = field(default_factory=set)
-    stats: dict[str, float] = field(default_factory=dict)
-    num_open: int = 0
-    is_up: bool = False
-
-    @property
-    def is_serving(self) -> bool:
-        """Whether it takes requests."""
-        return self.client.ready is not None and self.client.unhealthy_reason() is None
+    def lose(self) -> None:
+        """This engine has ended."""
+        self._totals.lose(self._index)
+        self._metrics.observe_engine(self._totals.sums())
 
 
 class Engines:
-    """EngineClient's interface over several of them. ValueError where a method says so; errors of `submit` are EngineClient's."""
+    """EngineClient's interface over several of them; the errors of `submit` are EngineClient's.
+
+    `on_fatal` is called when none of them could start, or when they do not serve the same base model."""
 
     def __init__(
         self,
@@ -76,44 +91,44 @@ class Engines:
     ) -> None:
         self._max_open, self._on_fatal = max_open, on_fatal
         self.on_ready: Callable[[], None] = lambda: None
+        self.on_joined: Callable[[], None] = lambda: None  # one more beside others that serve
         self.on_adapter: Callable[[AdapterEvent], None] = lambda event: None
         self.members: list[Member] = []
+        self._failed: dict[int, str] = {}  # engines that never started -> why
+        self._pinned: dict[int, set[str]] = {index: set() for index in range(len(options))}
+        self._fingerprint: str | None = None
+        totals = EngineTotals()
         for index, one in enumerate(options):
-            share = _Share(self, index, metrics)
-            client = make_client(one, share, max_open=max_open, on_fatal=on_fatal, **client_options)
+            share = MetricsShare(metrics, totals, index)
+            client = make_client(one, share, max_open=max_open, on_fatal=partial(self._take_failure, index), **client_options)
+            client.on_ready = partial(self._take_ready, index)
+            client.on_lost = partial(self._take_loss, index, share)
+            client.on_adapter = partial(self._take_adapter, index)
             self.members.append(Member(client))
-        for member in self.members:
-            member.client.on_ready = lambda member=member: self._take_ready(member)
-            member.client.on_adapter = lambda event, member=member: self._take_adapter(member, event)
+
+    @property
+    def clients(self) -> list[EngineClient]:
+        """Each engine by itself."""
+        return [member.client for member in self.members]
 
     @property
     def ready(self) -> Ready | None:
         """What an engine that takes requests said of itself; None if there is none."""
-        return next((member.client.ready for member in self.members if member.client.ready is not None), None)
+        return next((client.ready for client in self.clients if client.ready is not None), None)
 
     @property
     def last_ready(self) -> Ready | None:
         """The same, also of an engine that is being started again."""
-        return self.ready or next((member.client.last_ready for member in self.members if member.client.last_ready is not None), None)
-
-    @property
-    def stats(self) -> Heartbeat | None:
-        """The last heartbeat of one of them."""
-        return next((member.client.stats for member in self.members if member.client.stats is not None), None)
-
-    def sums(self) -> dict[str, float]:
-        """The engines' numbers, added up."""
-        names = {name for member in self.members for name in member.stats}
-        return {name: sum(member.stats.get(name, 0) for member in self.members) for name in names}
+        return self.ready or next((client.last_ready for client in self.clients if client.last_ready is not None), None)
 
     def start(self) -> None:
         """Start all of them in the background."""
-        for member in self.members:
-            member.client.start()
+        for client in self.clients:
+            client.start()
 
     async def wait_ready(self) -> Ready:
         """What the first that became ready said, now or soon."""
-        waits = [asyncio.create_task(member.client.wait_ready()) for member in self.members]
+        waits = [asyncio.create_task(client.wait_ready()) for client in self.clients]
         try:
             done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             return next(iter(done)).result()
@@ -122,87 +137,99 @@ class Engines:
                 wait.cancel()
 
     def unhealthy_reason(self) -> str | None:
-        """None while at least one engine serves; else why the first does not."""
-        if any(member.is_serving for member in self.members):
-            return None
-        return self.members[0].client.unhealthy_reason()
+        """None while at least one engine serves; else why they do not."""
+        reasons = [member.unhealthy_reason() for member in self.members]
+        return None if None in reasons else "; ".join(dict.fromkeys(reason for reason in reasons if reason is not None))
 
     async def stop(self) -> None:
         """Stop all of them and end open requests."""
-        await asyncio.gather(*(member.client.stop() for member in self.members))
+        await asyncio.gather(*(client.stop() for client in self.clients))
 
     def fail_open(self, error: ServerError) -> None:
         """End every open request with `error`."""
-        for member in self.members:
-            member.client.fail_open(error)
+        for client in self.clients:
+            client.fail_open(error)
 
     def tell(self, message: Prefetch | Forget | Pin | Unpin) -> None:
-        """Send what needs no answer: a prefetch to where it would be placed, everything else to every engine. A pin holds the adapter on
-        every engine; the same pin twice is one."""
+        """Send what needs no answer: a prefetch to the engine that a request would go to, everything else to all. So a pin holds its
+        adapter in the host memory of each, and is sent once to each."""
         if isinstance(message, Prefetch):
-            if (member := self._choose(message.adapter.hash)) is not None:
+            if (member := choose(self.members, message.adapter.hash)) is not None:
                 member.client.tell(message)
             return
-        for member in self.members:
+        for index, client in enumerate(self.clients):
+            pinned = self._pinned[index]
             if isinstance(message, Pin):
-                if member.client.ready is None or message.adapter.hash in member.pinned:
+                if client.ready is None or message.adapter.hash in pinned:
                     continue
-                member.pinned.add(message.adapter.hash)
+                pinned.add(message.adapter.hash)
             elif isinstance(message, Unpin):
-                if message.hash not in member.pinned:
+                if message.hash not in pinned:
                     continue
-                member.pinned.discard(message.hash)
-            member.client.tell(message)
+                pinned.remove(message.hash)
+            client.tell(message)
 
     async def submit(self, request: EngineRequest) -> AsyncGenerator[SequenceOutput, None]:
         """As EngineClient.submit, on the engine that the rule says."""
         if sum(member.num_open for member in self.members) >= self._max_open:
             raise Overloaded()
-        member = self._choose("" if request.adapter is None else request.adapter.hash)
+        adapter_hash = None if request.adapter is None else request.adapter.hash
+        member = choose(self.members, adapter_hash)
         if member is None:
             raise Unavailable(self.unhealthy_reason() or "no engine", retry_after_s=5.0)
-        member.num_open += 1
-        outputs = member.client.submit(request)
+        place = Place(member, adapter_hash, len(request.token_ids))
         try:
-            async for output in outputs:
-                yield output
+            async with aclosing(member.client.submit(request)) as outputs:
+                async for output in outputs:
+                    place.grow(len(output.token_ids))
+                    yield output
         finally:
-            member.num_open -= 1
-            await outputs.aclose()
+            place.leave()
 
-    def _choose(self, adapter_hash: str) -> Member | None:
-        """Where a request goes; None if no engine takes requests."""
-        serving = [member for member in self.members if member.is_serving]
-        if not serving:
-            return None
-        least = min(member.num_open for member in serving)
-        near = [member for member in serving if member.num_open <= least + SLACK]
-        return min(near, key=lambda member: (-_RANK[_held(member, adapter_hash)], member.num_open))
+    # -- what the engines say -----------------------------------------------------------------------------------------------------
 
-    def _take_ready(self, member: Member) -> None:
-        member.states.clear()
-        member.pinned.clear()
-        layouts = {one.client.ready.layout.fingerprint for one in self.members if one.client.ready is not None}
-        if len(layouts) > 1:
-            self._on_fatal("the engines do not serve the same base model")
-        self.on_ready()  # which forgets where adapters are, since an engine alone starts with none
-        for adapter_hash in {key for one in self.members for key in one.states}:
-            self.on_adapter(AdapterEvent(adapter_hash, self._best(adapter_hash)))
-
-    def _take_adapter(self, member: Member, event: AdapterEvent) -> None:
-        if event.state == "absent":
-            member.states.pop(event.hash, None)
+    def _take_ready(self, index: int) -> None:
+        member = self.members[index]
+        assert member.client.ready is not None
+        self._failed.pop(index, None)
+        member.refusal = None
+        self._fingerprint = self._fingerprint or member.client.ready.layout.fingerprint
+        if member.client.ready.layout.fingerprint != self._fingerprint:
+            member.refusal = "the engines do not serve the same base model"
+            self._on_fatal(member.refusal)
+            return
+        if any(other.client.ready is not None for other in self.members if other is not member):
+            self.on_joined()
         else:
-            member.states[event.hash] = event.state
-        best = self._best(event.hash)
-        if best == event.state or _RANK[event.state] < _RANK[best]:
-            # What the others know of an adapter is where it is best held.
-            self.on_adapter(event if best == event.state else AdapterEvent(event.hash, best, event.bytes))
+            self.on_ready()
 
-    def _best(self, adapter_hash: str) -> str:
-        return max((_held(one, adapter_hash) for one in self.members), key=_RANK.__getitem__)
+    def _take_failure(self, index: int, reason: str) -> bool:
+        """It could not start, and never could before; whether to try again."""
+        self._failed[index] = reason
+        if len(self._failed) == len(self.members):
+            self._on_fatal(reason)
+            return False
+        log.error("the engine on %s cannot start (%s); the others go on without it", self.clients[index].device, reason)
+        return True
 
+    def _take_loss(self, index: int, share: MetricsShare) -> None:
+        """It has ended, and what it held is gone."""
+        share.lose()
+        self._pinned[index].clear()
+        lost, self.members[index].tiers = self.members[index].tiers, {}
+        for adapter_hash in lost:
+            self.on_adapter(self._best(adapter_hash))
 
-def _held(member: Member, adapter_hash: str) -> str:
-    state = member.states.get(adapter_hash, "absent")
-    return state if state in _RANK else "absent"
+    def _take_adapter(self, index: int, event: AdapterEvent) -> None:
+        tiers = self.members[index].tiers
+        if event.state == "absent":
+            tiers.pop(event.hash, None)
+        else:
+            tiers[event.hash] = event
+        self.on_adapter(self._best(event.hash, event))
+
+    def _best(self, adapter_hash: str, latest: AdapterEvent | None = None) -> AdapterEvent:
+        """Where the adapter is held best: what the others know of it. Of several alike the `latest`."""
+        events = [member.tiers[adapter_hash] for member in self.members if adapter_hash in member.tiers]
+        absent = AdapterEvent(adapter_hash, "absent")
+        return max(events, key=lambda event: (TIERS.get(event.state, 0), event is latest), default=absent)

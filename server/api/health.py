@@ -12,6 +12,8 @@ from starlette.responses import Response
 
 from server import __version__
 from server.api.body import body_docs, error_content, read_body
+from server.api.engine import EngineClient
+from server.api.engines import Engines
 from server.api.generation import Generation, Plan
 from server.api.metrics_json import as_json
 from server.api.sampling import refuse
@@ -38,14 +40,14 @@ _PROBE: dict[str, Any] = {
         503: {"description": "Not well; `error` says why.", "content": error_content(ErrorResponse)},
     },
 }
-_ENGINE_FACTS = ("device", "num_blocks", "block_size", "adapter_bytes", "start_s", "versions")
+_ENGINE_FACTS = ("num_blocks", "block_size", "adapter_bytes", "start_s", "versions")
 
 
 @router.get("/health", summary="200 while the engine answers, else 503 with the reason", **_PROBE)
 @router.get("/ping", summary="SageMaker's name of /health", **_PROBE)
 @router.get("/", summary="LoRAX's other name of /health", **_PROBE)
 async def health(api: ApiState) -> Response:
-    """The engine's heartbeat, not the web server's: the step loop must have moved on within its deadline."""
+    """The engine's heartbeat, not the web server's: the step loop must have moved on within its deadline. Of several one will do."""
     reason = "the server is shutting down" if api.admission.draining else api.engine.unhealthy_reason()
     if reason is None:
         return Response(status_code=200)
@@ -77,7 +79,7 @@ async def startup(request: Request, api: ApiState) -> Response:
 
 @router.get("/info", response_model=dict[str, Any])
 async def info(api: ApiState) -> Response:
-    """LoRAX's keys, and what the engine decided."""
+    """LoRAX's keys, and what the engine decided; `engine` is one that serves, `engines` are all."""
     settings, ready, limits = api.settings, api.engine.last_ready, api.limits()
     answer: dict[str, Any] = {
         "model_id": api.model.name,
@@ -103,9 +105,16 @@ async def info(api: ApiState) -> Response:
         "architecture": api.model.architecture,
         "adapter_source": api.source(None),
         "adapter_sources": sorted(FACTORIES),
-        "engine": {name: getattr(ready, name) for name in _ENGINE_FACTS} if ready is not None else None,
+        "engine": {"device": ready.device} | {name: getattr(ready, name) for name in _ENGINE_FACTS} if ready is not None else None,
+        "engines": [_engine(client) for client in (api.engine.clients if isinstance(api.engine, Engines) else [api.engine])],
     }
     return json_response(answer)
+
+
+def _engine(client: EngineClient) -> dict[str, Any]:
+    """One engine: on which device, why it does not serve (null: it does), and what it decided when it last started."""
+    facts = {name: getattr(client.last_ready, name, None) for name in _ENGINE_FACTS}
+    return {"device": client.device, "unhealthy": client.unhealthy_reason()} | facts
 
 
 @router.get("/metrics", response_class=Response, responses={200: _METRICS, 422: {"model": ErrorResponse}})

@@ -240,8 +240,12 @@ class Publisher:
             self._failed.pop(name, None)
 
     def engine_ready(self) -> None:
-        """A new engine knows nothing of pins."""
+        """A new engine knows nothing of pins, and holds nothing."""
         self._residency.engine_started()
+        self._pins.tell_all()
+
+    def engine_joined(self) -> None:
+        """A new engine knows nothing of pins; others beside it hold what they held."""
         self._pins.tell_all()
 
     async def _tend(self) -> None:

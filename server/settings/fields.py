@@ -44,7 +44,9 @@ class Settings(BaseModel):
         2.0, "Adapters", "An adapter of a remote source is asked for changes at most this often; a local one always.", ge=0, le=3600
     )
     adapter_device_bytes: ByteSize | None = _set(None, "Adapters", "Device memory for adapters; auto: a share of what is free.", gt=0)
-    adapter_host_bytes: ByteSize | None = _set(None, "Adapters", "Host memory for adapters; auto: a share of what is free.", gt=0)
+    adapter_host_bytes: ByteSize | None = _set(
+        None, "Adapters", "Host memory for adapters, all engines together; auto: a share of what is free.", gt=0
+    )
     max_adapter_bytes: ByteSize = _set(ByteSize(4 * GiB), "Adapters", "A larger adapter is refused before it is fetched.", gt=0)
     max_merged_rank: int = _set(256, "Adapters", "Highest rank that merged_adapters may come to.", ge=1, le=4096)
     store_dir: Path | None = _set(None, "Adapters", "Fetched and packed adapters lie here; several servers may share it. Auto: ~/.cache.")
@@ -104,7 +106,9 @@ class Settings(BaseModel):
     cuda_graphs: bool | None = _set(None, "Engine", "Capture decode steps at start and replay them; auto: with flashinfer.")
     overlap: bool | None = _set(None, "Engine", "Launch a step before the last one's tokens are looked at; auto: on a GPU.")
     num_engines: int | None = _set(None, "Engine", "Engine processes, each with a GPU of its own; auto: one a visible GPU.", ge=1, le=64)
-    num_threads: int | None = _set(None, "Engine", "CPU threads of the engine; auto: torch's choice.", ge=1, le=1024)
+    num_threads: int | None = _set(
+        None, "Engine", "CPU threads of an engine; auto: torch's choice, or its share of the cores.", ge=1, le=1024
+    )
     start_timeout_s: float = _set(1800.0, "Engine", "The engine must be ready by then.", gt=0)
     heartbeat_timeout_s: float = _set(5.0, "Engine", "Unhealthy when the engine is silent for longer.", gt=0)
     hang_timeout_s: float = _set(60.0, "Engine", "An engine that is silent or stuck for longer is killed and started again.", gt=0)

@@ -1,7 +1,8 @@
 """An engine process without a model: speaks ipc.messages over the real socket and answers with the prompt's own tokens, over and over.
 
 An adapter turns the prompt around. A control file (JSON, read each turn) makes it slow, bundle tokens, fall silent, hang or die, or gives
-the token ids to answer with, once; what it was told goes to a log file, one JSON line a message.
+the token ids to answer with, once; what it was told goes to a log file, one JSON line a message. `of` in the control file is for the
+engine on that device alone.
 """
 
 import argparse
@@ -40,7 +41,7 @@ HIDDEN = 8
 SITE = "model.layers.0.self_attn.q_proj"
 
 
-def layout(vocab_size: int) -> BaseLayout:
+def layout(vocab_size: int, fingerprint: str = "f" * 64) -> BaseLayout:
     """One layer with one linear: enough for an adapter to be packed."""
     site = Site(SITE, "linear", HIDDEN, HIDDEN)
     names = ["", "model", "model.layers", "model.layers.0", "model.layers.0.self_attn", SITE]
@@ -48,7 +49,7 @@ def layout(vocab_size: int) -> BaseLayout:
         Module(name, "Linear" if name == SITE else "Container", {"weight": [HIDDEN, HIDDEN]} if name == SITE else {}) for name in names
     ]
     return BaseLayout(
-        fingerprint="f" * 64, model_type="llama", num_layers=1, vocab_size=vocab_size, hidden_size=HIDDEN, tied_head=True,
+        fingerprint=fingerprint, model_type="llama", num_layers=1, vocab_size=vocab_size, hidden_size=HIDDEN, tied_head=True,
         embedding="model.embed_tokens", head="lm_head", dtype="float32", sites=[site], modules=modules,
     )  # fmt: skip
 
@@ -66,6 +67,7 @@ class FakeEngine:
     socket: ApiSocket
     control_path: Path
     log_path: Path
+    device: str
     running: dict[str, Running] = field(default_factory=dict)
     control: dict[str, Any] = field(default_factory=dict)
     held: dict[str, int] = field(default_factory=dict)  # hash -> bytes
@@ -88,12 +90,13 @@ class FakeEngine:
 
     def _read_control(self) -> None:
         try:
-            self.control = json.loads(self.control_path.read_text() or "{}")
+            control = json.loads(self.control_path.read_text() or "{}")
+            self.control = control | control.pop("of", {}).get(self.device, {})
         except (FileNotFoundError, ValueError):
             self.control = {}
 
     def _take(self, message: ToEngine) -> None:
-        seen: dict[str, Any] = {"kind": type(message).__name__}
+        seen: dict[str, Any] = {"kind": type(message).__name__, "device": self.device}
         if isinstance(message, Submit):
             request = message.request
             seen |= msgspec.to_builtins(request, str_keys=True)
@@ -136,7 +139,7 @@ class FakeEngine:
         if now < self.beat_at or self.control.get("silent"):
             return
         self.beat_at = now + 0.1
-        stats = EngineStats(num_running=len(self.running), num_steps=self.num_steps)
+        stats = EngineStats(num_running=len(self.running), num_steps=self.num_steps, max_batch_size=4, num_adapters_host=len(self.held))
         hangs = self.control.get("hang")
         self.socket.send(Heartbeat(self.num_steps, "step" if hangs else "idle", now - 1 if hangs else None, stats))
 
@@ -191,18 +194,19 @@ def main() -> int:
     arguments = parser.parse_args()
     options = msgspec.json.decode(Path(arguments.options).read_bytes(), type=EngineOptions)
     socket = ApiSocket(arguments.address)
-    engine = FakeEngine(socket, Path(arguments.control), Path(arguments.log))
+    engine = FakeEngine(socket, Path(arguments.control), Path(arguments.log), options.device)
     engine._read_control()
     with engine.log_path.open("a") as log:
-        log.write(json.dumps({"kind": "Start", "pid": os.getpid()}) + "\n")
+        log.write(json.dumps({"kind": "Start", "device": options.device, "pid": os.getpid()}) + "\n")
     try:
         socket.send(Starting("load", 0.0))
         if "refuse" in engine.control:
             socket.send(Died(engine.control["refuse"]))
             return 3
+        fingerprint = engine.control.get("fingerprint", "f" * 64)
         socket.send(
             Ready(
-                layout=layout(int(arguments.vocab_size)), device="cpu", max_sequence_len=options.max_sequence_len,
+                layout=layout(int(arguments.vocab_size), fingerprint), device="cpu", max_sequence_len=options.max_sequence_len,
                 block_size=options.block_size, num_blocks=100, adapter_bytes=1 << 20, start_s={"load": 0.0}, versions={"fake": "1"},
             )
         )  # fmt: skip

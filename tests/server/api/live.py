@@ -15,6 +15,7 @@ import httpx
 
 from server.api.app import make_api
 from server.api.base_model import ServedModel
+from server.api.engines import Engines
 from server.api.serving import DrainingServer
 from server.api.state import Api
 from server.settings import Settings
@@ -69,9 +70,9 @@ def wait_for(condition: Callable[[], Any], timeout_s: float = 10.0) -> Any:
 
 @contextmanager
 def live_server(
-    folder: Path, model_dir: Path, *, wait: bool = True, control: dict[str, Any] | None = None, **settings: Any
+    folder: Path, model_dir: Path, *, wait: bool = True, control: dict[str, Any] | None = None, num_gpus: int = 0, **settings: Any
 ) -> Iterator[LiveServer]:
-    """Serve from a thread until the block ends."""
+    """Serve from a thread until the block ends; with an engine for each of `num_gpus`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "control.json").write_text(json.dumps(control or {}))
     adapters = folder / "adapters"
@@ -88,8 +89,10 @@ def live_server(
         "--vocab-size", str(model.tokenizer.num_ids),
     ]  # fmt: skip
     servers: list[DrainingServer] = []
-    api = make_api(resolved, model, engine_command=command, on_fatal=lambda reason: servers[0].on_fatal(reason))
-    api.engine._backoff_s = 0.05
+    api = make_api(resolved, model, engine_command=command, num_gpus=num_gpus, on_fatal=lambda reason: servers[0].on_fatal(reason))
+    clients = api.engine.clients if isinstance(api.engine, Engines) else [api.engine]
+    for client in clients:
+        client._backoff_s = 0.05
     servers.append(DrainingServer(api))
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
@@ -98,7 +101,7 @@ def live_server(
     live = LiveServer(folder, api, servers[0], f"http://127.0.0.1:{port}")
     try:
         if wait:
-            wait_for(lambda: api.engine.ready is not None)
+            wait_for(lambda: all(client.ready is not None for client in clients))
         yield live
     finally:
         live.client.close()

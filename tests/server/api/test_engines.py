@@ -1,24 +1,16 @@
 """Several engines behind one API: where a request goes, what is told to whom, and that one's end is not the others'."""
 
 import asyncio
-import contextlib
-import json
-import os
-import signal
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from server.api.devices import count_gpus, engine_devices
-from server.api.engines import SLACK, Engines
+from server.api.engines import Engines
+from server.api.placement import SEQUENCE_TOKENS, SLACK_TOKENS
 from server.errors import Overloaded, Unavailable
 from server.ipc.messages import AdapterEvent, Forget, Pin, Prefetch, Unpin
 from server.metrics import Metrics
 from server.types import AdapterRef, EngineOptions, EngineRequest, SamplingParams, SequenceOutput
-
-ROOT = Path(__file__).parents[3]
 
 
 class StillClient:
@@ -28,7 +20,7 @@ class StillClient:
         self.options, self.metrics, self.on_fatal = options, metrics, on_fatal
         self.told, self.asked, self.reason = [], [], None
         self.ready = self.last_ready = SimpleNamespace(layout=SimpleNamespace(fingerprint="f"))
-        self.stats = None
+        self.device = options.device
         self.answer = asyncio.Event()
 
     def unhealthy_reason(self):
@@ -52,11 +44,12 @@ def ref(name):
     return AdapterRef(name, "/p", name)
 
 
-async def ask(made, name, adapter=None):
+async def ask(made, name, adapter=None, prompt_len=1):
     """Submit and leave it open."""
 
     async def use():
-        async for _ in made.submit(EngineRequest(name, [1], SamplingParams(max_new_tokens=1), adapter and ref(adapter))):
+        request = EngineRequest(name, [1] * prompt_len, SamplingParams(max_new_tokens=1), adapter and ref(adapter))
+        async for _ in made.submit(request):
             pass
 
     task = asyncio.create_task(use())
@@ -76,20 +69,68 @@ async def test_requests_spread_over_idle_engines():
     tasks = [await ask(made, str(i)) for i in range(9)]
     assert [len(client.asked) for client in clients] == [3, 3, 3]
     await finish(clients, tasks)
-    assert [member.num_open for member in made.members] == [0, 0, 0]
+    assert all((one.num_open, one.num_tokens, one.adapters) == (0, 0, {}) for one in made.members)
+
+
+async def test_load_is_tokens_not_requests():
+    made, clients = engines(2)
+    tasks = [await ask(made, "long", prompt_len=10 * SEQUENCE_TOKENS)]
+    tasks += [await ask(made, str(i)) for i in range(10)]
+    assert clients[0].asked == ["long"] and len(clients[1].asked) == 10
+    tasks += [await ask(made, "then"), await ask(made, "and then")]
+    assert clients[0].asked == ["long", "then"] and clients[1].asked[-1] == "and then"
+    await finish(clients, tasks)
+
+
+async def test_what_was_generated_counts_as_load():
+    made, clients = engines(2)
+
+    async def submit(request):
+        yield SequenceOutput(request.request_id, [1] * (2 * SEQUENCE_TOKENS))
+        await clients[0].answer.wait()
+        yield SequenceOutput(request.request_id, finish_reason="length")
+
+    clients[0].submit = submit
+    tasks = [await ask(made, "talks")]
+    tasks += [await ask(made, "1"), await ask(made, "2")]
+    assert made.members[0].num_tokens == 2 * SEQUENCE_TOKENS + 1 and clients[1].asked == ["1", "2"]
+    await finish(clients, tasks)
 
 
 async def test_an_adapter_is_asked_where_it_is_until_that_engine_has_a_queue_of_its_own():
     made, clients = engines(2)
-    clients[1].on_adapter = made.members[1].client.on_adapter
-    made.members[1].client.on_adapter(AdapterEvent("a", "device", 10))
-    tasks = [await ask(made, str(i), "a") for i in range(SLACK + 1)]
-    assert len(clients[1].asked) == SLACK + 1 and not clients[0].asked
+    clients[1].on_adapter(AdapterEvent("a", "device", 10))
+    num_near = SLACK_TOKENS // SEQUENCE_TOKENS + 1
+    tasks = [await ask(made, str(i), "a") for i in range(num_near)]
+    assert len(clients[1].asked) == num_near and not clients[0].asked
     tasks.append(await ask(made, "more", "a"))  # the other is idle: the adapter is loaded there as well
     assert clients[0].asked == ["more"]
-    made.members[0].client.on_adapter(AdapterEvent("a", "loading"))
+    clients[0].on_adapter(AdapterEvent("a", "loading"))
     tasks += [await ask(made, "base")]
     assert clients[0].asked == ["more", "base"]
+    await finish(clients, tasks)
+
+
+async def test_adapters_are_divided_among_idle_engines_and_a_burst_loads_one_once():
+    made, clients = engines(2)
+    for name in "abcd":  # one at a time: nobody is ever busy
+        task = await ask(made, name, name)
+        chosen = next(client for client in clients if name in client.asked)
+        chosen.on_adapter(AdapterEvent(name, "host", 1))
+        await finish(clients, [task])
+    assert [len(client.asked) for client in clients] == [2, 2]
+    made, clients = engines(2)
+    tasks = [await ask(made, str(i), "e") for i in range(4)]  # before any event
+    assert sorted(len(client.asked) for client in clients) == [0, 4]
+    await finish(clients, tasks)
+
+
+async def test_where_an_adapter_could_not_be_loaded_is_no_better_than_elsewhere():
+    made, clients = engines(2)
+    clients[0].on_adapter(AdapterEvent("a", "failed", error="no memory"))
+    tasks = [await ask(made, "again", "a")]
+    assert clients[1].asked == ["again"]
+    clients[0].on_adapter(AdapterEvent("b", "a state of a later version"))  # nothing breaks
     await finish(clients, tasks)
 
 
@@ -100,7 +141,7 @@ async def test_an_engine_that_does_not_serve_is_passed_over():
     assert len(clients[1].asked) == 3 and made.unhealthy_reason() is None
     clients[1].ready = None
     clients[1].reason = "gone"
-    assert made.unhealthy_reason() == "stuck"
+    assert made.unhealthy_reason() == "stuck; gone"
     with pytest.raises(Unavailable, match="stuck"):
         async for _ in made.submit(EngineRequest("x", [1], SamplingParams(max_new_tokens=1))):
             pass
@@ -137,14 +178,48 @@ def test_what_is_told_to_whom():
 def test_a_new_engine_forgets_its_own_adapters_alone_and_gets_the_pins_again():
     made, clients = engines(2)
     seen, events = [], []
-    made.on_ready, made.on_adapter = lambda: (seen.append("ready"), made.tell(Pin(ref("p"))))[0], events.append
+    made.on_ready = lambda: seen.append("first")
+    made.on_joined = lambda: (seen.append("joined"), made.tell(Pin(ref("p"))))
+    made.on_adapter = events.append
     made.tell(Pin(ref("p")))
-    clients[0].on_adapter(AdapterEvent("a", "device"))
-    clients[1].on_adapter(AdapterEvent("b", "device"))
+    for client, name, state in [(clients[0], "a", "device"), (clients[0], "b", "device"), (clients[1], "b", "host")]:
+        client.on_adapter(AdapterEvent(name, state, 7))
     events.clear()
+    clients[0].ready = None
+    clients[0].on_lost()
+    assert sorted((event.hash, event.state, event.bytes) for event in events) == [("a", "absent", 0), ("b", "host", 7)]
+    clients[0].ready = clients[1].ready
     clients[0].on_ready()
-    assert seen == ["ready"] and [(event.hash, event.state) for event in events] == [("b", "device")]
-    assert len(clients[0].told) == 2 and len(clients[1].told) == 1
+    assert seen == ["joined"] and len(clients[0].told) == 2 and len(clients[1].told) == 1
+    for client in clients:
+        client.ready = None
+        client.on_lost()
+    clients[1].ready = clients[1].last_ready
+    clients[1].on_ready()
+    assert seen == ["joined", "first"]  # nobody holds anything
+
+
+def test_engines_with_different_bases_are_refused():
+    reasons = []
+    made = Engines([EngineOptions(model_dir="x")] * 2, Metrics(), max_open=9, make_client=StillClient, on_fatal=reasons.append)
+    first, second = made.clients
+    first.on_ready()
+    second.ready = SimpleNamespace(layout=SimpleNamespace(fingerprint="another"))
+    second.on_ready()
+    assert reasons == ["the engines do not serve the same base model"]
+    assert [member.is_serving for member in made.members] == [True, False]
+
+
+def test_the_server_ends_when_no_engine_can_start():
+    reasons = []
+    made = Engines([EngineOptions(model_dir="x")] * 2, Metrics(), max_open=9, make_client=StillClient, on_fatal=reasons.append)
+    first, second = made.clients
+    assert first.on_fatal("no memory") is True and reasons == []  # tried again beside the other
+    second.on_ready()
+    assert first.on_fatal("no memory") is True and reasons == []
+    made = Engines([EngineOptions(model_dir="x")] * 2, Metrics(), max_open=9, make_client=StillClient, on_fatal=reasons.append)
+    assert [client.on_fatal("unknown architecture") for client in made.clients] == [True, False]
+    assert reasons == ["unknown architecture"]
 
 
 def test_numbers_are_added_up():
@@ -152,58 +227,20 @@ def test_numbers_are_added_up():
     for client, running in zip(clients, (3, 4), strict=True):
         client.metrics.observe_engine({"num_running": running, "max_batch_size": 8})
         client.metrics.engine_up.set(1)
-    text = made.members[0].client.metrics._metrics.render().decode()
+    metrics = clients[0].metrics._metrics
+    text = metrics.render().decode()
     assert "lorax_batch_current_size 7.0" in text and "manylora_batch_size_max 16.0" in text and "manylora_engine_up 2.0" in text
+    assert "manylora_load_ratio 0.4375" in text  # 7 of 16
 
 
-@pytest.mark.parametrize(
-    "environment, folders, count",
-    [({}, 4, 4), ({}, 0, 0), ({"CUDA_VISIBLE_DEVICES": "0,2"}, 4, 2), ({"CUDA_VISIBLE_DEVICES": ""}, 4, 0)]
-    + [({"CUDA_VISIBLE_DEVICES": "1,-1,2"}, 4, 1), ({"CUDA_VISIBLE_DEVICES": "GPU-1a,GPU-2b"}, 1, 2)],
-)
-def test_gpus_are_counted_without_torch(environment, folders, count, tmp_path):
-    for index in range(folders):
-        (tmp_path / f"0000:0{index}:00.0").mkdir()
-    assert count_gpus(environment, tmp_path) == count
-    assert count_gpus({}, tmp_path / "none") == 0
-
-
-def test_each_engine_has_its_device():
-    assert engine_devices("auto", None, 0) == ["auto"] and engine_devices("auto", None, 1) == ["auto"]
-    assert engine_devices("auto", None, 4) == ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]
-    assert engine_devices("cuda", 2, 4) == ["cuda:0", "cuda:1"] and engine_devices("cpu", 2, 4) == ["cpu", "cpu"]
-    with pytest.raises(ValueError, match="num_engines 5: there are 4 GPUs"):
-        engine_devices("auto", 5, 4)
-    with pytest.raises(ValueError, match="several engines need device auto"):
-        engine_devices("cuda:1", 2, 4)
-
-
-async def test_one_engine_dies_and_the_other_answers_on(tmp_path):
-    (tmp_path / "control").write_text(json.dumps({"delay_s": 0.0}))
-    fake = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.server.api.fake_engine import main; sys.exit(main())"
-    command = [sys.executable, "-c", fake, "--control", str(tmp_path / "control"), "--log", str(tmp_path / "log"), "--vocab-size", "10"]
-    made = Engines([EngineOptions(model_dir="x")] * 2, Metrics(), max_open=100, command=command, backoff_s=0.05)
-    made.start()
-    try:
-        async with asyncio.timeout(30):
-            while not all(member.client.ready for member in made.members):
-                await asyncio.sleep(0.02)
-
-            async def use(name, num):
-                return [o async for o in made.submit(EngineRequest(name, [1, 2], SamplingParams(max_new_tokens=num)))]
-
-            assert all(done[-1].finish_reason for done in await asyncio.gather(*(use(str(i), 3) for i in range(6))))
-            victim = made.members[0].client
-            os.kill(victim._process.pid, signal.SIGKILL)
-            ends = []
-            while victim.ready is not None:
-                with contextlib.suppress(Unavailable):
-                    ends += await use(f"during{len(ends)}", 1)
-                await asyncio.sleep(0.01)
-            assert made.unhealthy_reason() is None
-            assert all([(await use(f"after{i}", 2))[-1].finish_reason == "length" for i in range(5)])
-            while victim.ready is None:
-                await asyncio.sleep(0.02)
-            assert all(done[-1].finish_reason for done in await asyncio.gather(*(use(f"again{i}", 3) for i in range(6))))
-    finally:
-        await made.stop()
+def test_what_a_dead_engine_counted_stays_and_what_it_held_goes():
+    made, clients = engines(2)
+    for client in clients:
+        client.metrics.observe_engine({"num_running": 4, "max_batch_size": 8, "num_output_tokens": 100})
+    clients[0].on_lost()
+    text = clients[0].metrics._metrics.render().decode()
+    assert "lorax_batch_current_size 4.0" in text and "manylora_batch_size_max 8.0" in text and "manylora_load_ratio 0.5" in text
+    assert "manylora_output_tokens_total 200.0" in text
+    clients[0].metrics.observe_engine({"num_running": 1, "max_batch_size": 8, "num_output_tokens": 5})  # from zero
+    text = clients[0].metrics._metrics.render().decode()
+    assert "manylora_output_tokens_total 205.0" in text and "manylora_load_ratio 0.3125" in text
