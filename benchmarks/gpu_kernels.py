@@ -2,7 +2,8 @@
 
 Mistral-7B's four groups a layer, 32 layers of weights of their own, bf16, inside CUDA graphs. Each case: relative error against float64 on
 fresh inputs; microseconds a pair of launches with the card's choices and with the best of a sweep (one field at a time, then together,
-until `--seconds`); milliseconds that a step's base products gain by the deltas; the floor that the bytes set. The last line is JSON.
+until `--seconds`); milliseconds that a step's base products gain by the deltas, in each order of their kernels; the floor that the bytes
+set. The last line is JSON.
 """
 
 import argparse
@@ -18,12 +19,15 @@ import torch
 import triton
 
 from benchmarks.gpu_kernels_cases import CASES, DEVICE, DTYPE, ITEM, LAYERS, RANK_CAP, RANKS, WIDTHS, Adapters, Case, shape_of
+from server.engine.tiling import Tiling
 from server.kernels.ahead import Job, compile_ahead
 from server.kernels.grouped import Tiles, empty_tiles, fill_tiles, make_tiles, tile_cap
 from server.kernels.grouped_kernels import apply_group
 from server.kernels.launch import Choice, block_m_of, card_of, choose
+from server.model.forward import ForwardState
 
 SCRATCH_LEN = 32 * 2048 * RANK_CAP
+ORDERS = ("after", "first", "apart")  # shrink and expand behind the product; shrink and write before it; beside it
 MAX_ERROR = 8e-3  # bf16 operands and a bf16 result
 VARIATIONS: dict[str, tuple] = {
     "split_k": (2, 4, 8, 16), "block_k": (128, 512), "shrink_stages": (2, 4), "block_n": (64, 256), "chunk": (1, 2, 4, 8, 16),
@@ -76,17 +80,30 @@ class Bench:
         """Microseconds a pair, one after another through all layers' weights."""
         return graph_ms(lambda: [self.add(group, layer, choice) for layer in range(LAYERS)]) / LAYERS * 1e3
 
-    def step_ms(self, choices: dict[str, Choice] | None) -> float:
-        """A step's base products of the touched groups, with the deltas or (None) without."""
+    def base_ms(self) -> float:
+        """A step's base products of the touched groups."""
+        products = [(group, layer) for layer in range(LAYERS) for group in self.case.groups]
+        return graph_ms(lambda: [torch.mm(self.x[g], self.weights[g][layer].T, out=self.y[g]) for g, layer in products])
+
+    def step_ms(self, choices: dict[str, Choice], order: str) -> float:
+        """The same with the deltas; "apart" without their sum, which is part of what comes next."""
+        state, names = ForwardState(), list(WIDTHS)
+        state.tiles, state.has_gains = self.tiles, order == "after"
+        arena, num_rows = self.adapters.arena, self.case.num_rows
+        tiling = Tiling(state, arena, num_rows, lambda card, n, shape, item_bytes: choices[names[shape.index % len(names)]])
 
         def step() -> None:
             for layer in range(LAYERS):
                 for group in self.case.groups:
-                    torch.mm(self.x[group], self.weights[group][layer].T, out=self.y[group])
-                    if choices is not None:
-                        self.add(group, layer, choices[group])
+                    x, weight, y = self.x[group], self.weights[group][layer].T, self.y[group]
+                    shape, compute = shape_of(group, layer), lambda x=x, w=weight, y=y: torch.mm(x, w, out=y)
+                    if order == "apart":
+                        tiling.apart(x, shape, compute)
+                    else:
+                        tiling.around(x, shape, compute, lambda y, x=x, w=weight: torch.addmm(y, x, w, out=y))
 
-        return graph_ms(step)
+        with tiling.captured():
+            return graph_ms(step)
 
     def floor_us(self, group: str) -> float:
         """What the bytes of a pair take: each adapter's factors once, x once, y read and written."""
@@ -203,12 +220,12 @@ def measure(bench: Bench, deadline: float) -> dict:
             f"{case.name:44s} {group:8s} {default_us:7.1f} us, best {best_us:7.1f}, floor {bench.floor_us(group):6.1f},"
             f" error {error:.1e} {changes(bench.default[group], best[group])}", flush=True,
         )  # fmt: skip
-    base = bench.step_ms(None)
-    added = bench.step_ms(bench.default) - base
-    added_best = bench.step_ms(best) - base if best != bench.default else added
+    base = bench.base_ms()
+    added = {order: bench.step_ms(best, order) - base for order in ORDERS}
     floor = LAYERS * sum(bench.floor_us(group) for group in case.groups) / 1e3
-    print(f"{case.name:44s} step: base {base:.2f} ms, deltas +{added:.2f} ms, best +{added_best:.2f}, floor {floor:.2f}", flush=True)
-    return {"groups": groups, "base_ms": base, "added_ms": added, "added_best_ms": added_best, "floor_ms": floor}
+    by_order = ", ".join(f"{order} +{ms:.2f}" for order, ms in added.items())
+    print(f"{case.name:44s} step: base {base:.2f} ms, deltas {by_order}, floor {floor:.2f}", flush=True)
+    return {"groups": groups, "base_ms": base, "added_ms": added, "floor_ms": floor}
 
 
 def main() -> None:
@@ -234,7 +251,7 @@ def main() -> None:
         result["cases"][case.name] = measure(Bench(case, adapters[case.kind], weights, scratch), deadline)
         if options.out:
             options.out.write_text(json.dumps(result, indent=1))
-    print(json.dumps({name: {k: round(v, 3) for k, v in case.items() if k != "groups"} for name, case in result["cases"].items()}))
+    print(json.dumps({name: {k: v for k, v in case.items() if k != "groups"} for name, case in result["cases"].items()}))
 
 
 if __name__ == "__main__":

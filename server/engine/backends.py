@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from server.engine.graphs import MAX_MIXED_ROWS
 from server.engine.tiling import Tiling
 from server.memory.arena import Arena
 from server.model.attention import PagedAttention
 from server.model.base import BaseModel
-from server.model.flashinfer import FlashInferAttention, why_not
+from server.model.flashinfer import WORKSPACE_BYTES, FlashInferAttention, why_not, workspace_bytes
 from server.types import EngineOptions
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,8 @@ def divide(base: BaseModel, options: EngineOptions, backends: Backends) -> Memor
         blocks = _asked_blocks(options, block_bytes) or max(1, min(useful, free // 4 // block_bytes))
         return Memory(blocks, block_elements, options.adapter_device_bytes or (free - blocks * block_bytes) // 3, host_bytes)
     if base.device.type == "cuda":
-        free -= SPARE_BYTES + _activation_bytes(base, options) + (GRAPH_BYTES if backends.cuda_graphs else 0)
+        free -= SPARE_BYTES + _activation_bytes(base, options)
+        free -= GRAPH_BYTES + _workspace_bytes(base, options) - WORKSPACE_BYTES if backends.cuda_graphs else 0
     else:
         free //= 4
     asked = _asked_blocks(options, block_bytes)
@@ -104,11 +106,12 @@ def use_arena(base: BaseModel, options: EngineOptions, backends: Backends, memor
             offset += options.block_size * shape.num_kv_heads * dim
     if backends.attention == "flashinfer":
         max_pages = options.max_batch_size * (-(-options.max_sequence_len // options.block_size) + 1)  # of a decode step
-        base.attach_attention(FlashInferAttention(base.attention_shapes, keys, values, options.block_size, max_pages))
+        workspace = _workspace_bytes(base, options) if backends.cuda_graphs else WORKSPACE_BYTES
+        base.attach_attention(FlashInferAttention(base.attention_shapes, keys, values, options.block_size, max_pages, workspace))
     else:
         base.attach_attention(PagedAttention(base.attention_shapes, keys, values))
     tiling = Tiling(base.state, arena.data, options.max_batch_tokens)
-    base.use_operators(tiling.add, compile_layers=backends.compile_layers)
+    base.use_operators(tiling, compile_layers=backends.compile_layers)
     if base.device.type == "cuda":
         tiling.warm_up(base.group_shapes)
     return arena, tiling
@@ -125,6 +128,12 @@ def _asked_blocks(options: EngineOptions, block_bytes: int) -> int | None:
     if options.num_blocks is not None:
         return options.num_blocks
     return None if options.kv_cache_bytes is None else options.kv_cache_bytes // block_bytes
+
+
+def _workspace_bytes(base: BaseModel, options: EngineOptions) -> int:
+    """FlashInfer's workspace where steps are captured."""
+    num_sms = torch.cuda.get_device_properties(base.device).multi_processor_count
+    return workspace_bytes(base.attention_shapes, min(options.max_batch_tokens, MAX_MIXED_ROWS), options.max_batch_size, num_sms)
 
 
 def _activation_bytes(base: BaseModel, options: EngineOptions) -> int:

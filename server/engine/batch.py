@@ -25,6 +25,11 @@ class Batch:
     head_counts: list[int]  # of each chunk
 
     @property
+    def adapter_hashes(self) -> set[str]:
+        """The adapters of the rows, the base not among them."""
+        return {chunk.sequence.adapter_hash for chunk in self.chunks} - {""}
+
+    @property
     def is_decode(self) -> bool:
         """Whether every chunk is one row."""
         return len(self.ids) == len(self.chunks)

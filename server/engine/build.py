@@ -16,7 +16,7 @@ from server.engine.backends import choose_backends, divide, use_arena
 from server.engine.core import EngineCore, run_until_idle
 from server.engine.grammar import GrammarCompiler
 from server.engine.grammar_queue import GrammarQueue
-from server.engine.graphs import DecodeGraphs
+from server.engine.graphs import StepGraphs
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.memory.blocks import BlockPool
@@ -109,7 +109,7 @@ def assemble(
     graphs = None
     if plan.cuda_graphs:
         on_phase("capture")
-        graphs = DecodeGraphs(base, tiling, options.max_batch_size)
+        graphs = StepGraphs(base, tiling, options.max_batch_size, options.max_batch_tokens)
         graphs.capture()
     runner = Runner(base, tiers, tiling=tiling, graphs=graphs, defers=plan.overlap)
     grammars = GrammarQueue(GrammarCompiler(Path(options.model_dir), vocab_size=base.layout.vocab_size))

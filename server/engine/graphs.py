@@ -1,28 +1,50 @@
-"""Decode steps as CUDA graphs: the decoder alone, at padded numbers of rows, with adapters and without.
+"""Steps as CUDA graphs: the decoder alone, at padded numbers of rows, with adapters and without. Decode steps have graphs of their own;
+steps with prompts in them, whose launches from Python take longer than a small step's work, have others.
 
-Owns the buffers that a graph reads and writes. A replay is: plan the attention, refresh the buffers with three copies, launch. Nothing in a
+Owns the buffers that a graph reads and writes. A replay is: plan the attention, refresh the buffers with a few copies, launch. Nothing in a
 graph depends on what there was at its capture: tables and tiles are read from the buffers, whose unused rest says so itself.
 """
 
 import logging
 from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from server.engine.batch import Batch
 from server.engine.tiling import Tiling
-from server.kernels.grouped import NONE, Tiles, make_tiles
+from server.kernels.grouped import NONE, ZERO, Tiles, make_tiles
 from server.model.base import BaseModel
 from server.model.flashinfer import FlashInferAttention
 
 log = logging.getLogger(__name__)
 
+Variant = Literal["base", "adapters", "gains"]  # of a step: no adapters; some; some that scale the base's products (DoRA)
+MAX_MIXED_ROWS = 2048  # beyond, the device is busy for longer than the launches take
 
-def graph_sizes(max_rows: int) -> list[int]:
-    """Numbers of rows that are captured. Never one: a size of one is compiled by itself, and two cost the same."""
+
+class GraphSize(NamedTuple):
+    """What a graph is captured for: decode rows, or (`num_sequences`) rows of any kind of up to so many sequences."""
+
+    num_rows: int
+    num_sequences: int | None = None
+
+
+def decode_sizes(max_rows: int) -> list[GraphSize]:
+    """Numbers of decode rows that are captured. Never one: a size of one is compiled by itself, and two cost the same."""
     sizes = [2, 4, *range(8, min(max_rows, 64) + 1, 8), *range(80, max_rows + 1, 16)]
-    return sorted({*(size for size in sizes if size < max_rows), max(2, max_rows)})
+    return [GraphSize(size) for size in sorted({*(size for size in sizes if size < max_rows), max(2, max_rows)})]
+
+
+def mixed_sizes(max_rows: int, max_sequences: int) -> list[GraphSize]:
+    """Numbers of rows of steps with prompts in them that are captured: multiples of 16, four to each doubling from 64 on."""
+    max_rows, sizes, step = min(max_rows, MAX_MIXED_ROWS), [16], 16
+    while sizes[-1] < max_rows:
+        if sizes[-1] >= 8 * step:
+            step *= 2
+        sizes.append(min(sizes[-1] + step, max_rows))
+    return [GraphSize(size, min(size, max_sequences)) for size in sizes if size <= max_rows]
 
 
 class _Buffers:
@@ -49,7 +71,7 @@ class _Buffers:
         host[n : n + len(slots)] = slots
         host[2 * n :] = NONE
         if (bases >= 0).any():
-            tiles = make_tiles(bases, block_m)
+            tiles = make_tiles(np.where(bases < 0, ZERO, bases), block_m)
             count = len(tiles.tile_base)
             host[2 * n : 2 * n + count] = tiles.tile_base
             small[:count], small[n : n + count] = tiles.tile_start, tiles.tile_len
@@ -58,66 +80,84 @@ class _Buffers:
         self.long.copy_(long, non_blocking=True)
 
 
-class DecodeGraphs:
-    """The captured decode steps of a model."""
+class StepGraphs:
+    """The captured steps of a model."""
 
-    def __init__(self, base: BaseModel, tiling: Tiling, max_rows: int) -> None:
+    def __init__(self, base: BaseModel, tiling: Tiling, max_sequences: int, max_rows: int) -> None:
+        """Decode steps of up to `max_sequences` rows; others of up to `max_rows` rows and as many sequences."""
         self._base, self._tiling, self._attention = base, tiling, base.attention
         assert isinstance(self._attention, FlashInferAttention)
-        self.sizes = graph_sizes(max_rows)
-        self._buffers = _Buffers(self.sizes[-1], base.device)
-        self._embeddings = torch.zeros(self.sizes[-1], base.layout.hidden_size, dtype=base.dtype, device=base.device)
+        self.decode_sizes, self.mixed_sizes = decode_sizes(max_sequences), mixed_sizes(max_rows, max_sequences)
+        self.sizes = sorted(self.decode_sizes + self.mixed_sizes, key=lambda size: size.num_rows)
+        num_rows, self._max_sequences = self.sizes[-1].num_rows, max_sequences
+        self._buffers = _Buffers(num_rows, base.device)
+        self._embeddings = torch.zeros(num_rows, base.layout.hidden_size, dtype=base.dtype, device=base.device)
         self._hidden = torch.zeros_like(self._embeddings)
-        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[tuple[GraphSize, Variant], torch.cuda.CUDAGraph] = {}
         self.num_bytes = 0
 
-    def size_for(self, batch: Batch) -> int | None:
-        """The size that a batch is replayed at; None if it is not one of decode rows, or has too many."""
-        if not batch.is_decode or len(batch.chunks) > self.sizes[-1]:
+    def size_for(self, batch: Batch, variant: Variant) -> GraphSize | None:
+        """The size that a batch is replayed at; None if it has too many rows or sequences, or its variant is not captured."""
+        if len(batch.chunks) > self._max_sequences:
             return None
-        return next(size for size in self.sizes if size >= len(batch.chunks))
+        sizes = self.decode_sizes if batch.is_decode else self.mixed_sizes
+        # As many sequences as rows is the most that a mixed size below `max_sequences` rows has; a batch never has more of them than rows.
+        size = next((size for size in sizes if size.num_rows >= len(batch.ids)), None)
+        return size if (size, variant) in self._graphs else None
 
     @torch.inference_mode()
     def capture(self, on_size: Callable[[int], None] = lambda size: None) -> None:
         """Capture every size, the largest first, so that the smaller ones find their memory in its pool."""
         free_before = torch.cuda.mem_get_info(self._base.device)[0]
-        pool, state = torch.cuda.graph_pool_handle(), self._base.state
+        self._buffers.slots.fill_(-1)
         for size in reversed(self.sizes):
-            on_size(size)
-            self._attention.prepare_graph(size, self._buffers.slots[:size])
-            self._buffers.slots.fill_(-1)
-            for with_adapters in (False, True):
-                state.tiles = self._tiles(size) if with_adapters else None
-                run = lambda size=size: self._base.decode(self._embeddings[:size], self._buffers.positions[:size])  # noqa: E731
-                try:
-                    run()  # what is compiled or allocated at first use must be so before the capture
-                    torch.cuda.synchronize(self._base.device)
-                    graph = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(graph, pool=pool):
-                        self._hidden[:size].copy_(run())
-                finally:
-                    state.clear()
-                self._graphs[size, with_adapters] = graph
+            on_size(size.num_rows)
+            self._attention.prepare_graph(size.num_rows, size.num_sequences, self._buffers.slots[: size.num_rows])
+            # Deltas are computed beside the products, gains behind them: a graph of their own. Steps with prompts and gains run uncaptured.
+            for variant in ("base", "adapters") if size.num_sequences else ("base", "adapters", "gains"):
+                self._graphs[size, variant] = self._capture(size.num_rows, variant)
         self.num_bytes = free_before - torch.cuda.mem_get_info(self._base.device)[0]
-        log.info("%d decode graphs of up to %d rows take %.2f GB", len(self._graphs), self.sizes[-1], self.num_bytes / 1e9)
+        log.info("%d graphs of up to %d rows take %.2f GB", len(self._graphs), self.sizes[-1].num_rows, self.num_bytes / 1e9)
 
-    def replay(self, size: int, batch: Batch, embeddings: torch.Tensor, bases: np.ndarray) -> torch.Tensor:
-        """Run a batch at a captured size: embeddings [rows, hidden] -> hidden states [rows, hidden], overwritten by the next replay."""
-        rows = len(batch.chunks)
-        indices, copies = self._attention.plan_graph(batch.spans, size)
-        self._buffers.refresh(batch.positions, indices.slots, bases, self._tiling.block_m(size))
+    def replay(self, size: GraphSize, variant: Variant, batch: Batch, embeddings: torch.Tensor, bases: np.ndarray) -> torch.Tensor:
+        """Run a batch at a captured size: embeddings [rows, hidden] -> hidden states [rows, hidden], overwritten by the next replay.
+
+        bases int64 [rows]: where each row's adapter lies, -1 for the base."""
+        num_rows = len(batch.ids)
+        indices, copies = self._attention.plan_graph(batch.spans, size.num_rows, size.num_sequences)
+        self._buffers.refresh(batch.positions, indices.slots, bases, self._tiling.block_m(size.num_rows))
         for source, target in copies:
             target.copy_(torch.from_numpy(source).pin_memory(), non_blocking=True)
-        self._embeddings[:rows].copy_(embeddings)
-        self._graphs[size, bool((bases >= 0).any())].replay()
-        return self._hidden[:rows]
+        self._embeddings[:num_rows].copy_(embeddings)
+        self._graphs[size, variant].replay()
+        return self._hidden[:num_rows]
 
-    def _tiles(self, size: int) -> Tiles:
+    def _capture(self, num_rows: int, variant: Variant) -> torch.cuda.CUDAGraph:
+        state, rows = self._base.state, slice(0, num_rows)
+
+        def run() -> torch.Tensor:
+            return self._base.decode(self._embeddings[rows], self._buffers.positions[rows])
+
+        try:
+            state.tiles = self._tiles(num_rows) if variant != "base" else None
+            state.apart, state.has_gains = variant == "adapters", variant == "gains"
+            with self._tiling.captured():
+                run()  # what is compiled, loaded or allocated at first use must be so before the capture
+                torch.cuda.synchronize(self._base.device)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self._pool):
+                    self._hidden[rows].copy_(run())
+        finally:
+            state.clear()
+        return graph
+
+    def _tiles(self, num_rows: int) -> Tiles:
         buffers = self._buffers
         return Tiles(
-            buffers.tile_base[: size + 1],
-            buffers.tile_start[:size],
-            buffers.tile_len[:size],
-            buffers.row_ids[:size],
-            self._tiling.block_m(size),
+            buffers.tile_base[: num_rows + 1],
+            buffers.tile_start[:num_rows],
+            buffers.tile_len[:num_rows],
+            buffers.row_ids[:num_rows],
+            self._tiling.block_m(num_rows),
         )

@@ -13,7 +13,7 @@ import torch
 from server.engine.batch import Batch, make_batch
 from server.engine.chunk import Chunk
 from server.engine.draw import NOT_FINITE, draw_all
-from server.engine.graphs import DecodeGraphs
+from server.engine.graphs import StepGraphs, Variant
 from server.engine.masks import GrammarMasks
 from server.engine.sampler import Sampled, describe_prompt, sample
 from server.engine.sequence import Sequence
@@ -71,7 +71,7 @@ class Runner:
         tiers: AdapterTiers,
         *,
         tiling: Tiling | None = None,
-        graphs: DecodeGraphs | None = None,
+        graphs: StepGraphs | None = None,
         defers: bool = False,
     ) -> None:
         """`tiling`: adapters lie in an arena and rows go by tiles. `graphs`: decode steps are replayed. `defers`: tokens are not
@@ -99,17 +99,19 @@ class Runner:
 
     def _run(self, launch: Launch, batch: Batch, before: Launch | None, defers: bool, *, apart: bool = False) -> None:
         base, state = self.base, self.base.state
-        graph = self.graphs.size_for(batch) if self.graphs is not None and not apart else None
+        variant = self._variant(batch)
+        graph = self.graphs.size_for(batch, variant) if self.graphs is not None and not apart else None
         try:
             state.token_segments = self._segments(batch.chunks, [chunk.num_tokens for chunk in batch.chunks])
             state.head_segments = self._segments(batch.chunks, batch.head_counts)
             ids = self._ids(batch, before)  # [tokens]
             embeddings = base.embed(ids)  # [tokens, hidden]
             if graph is not None:
-                hidden = self.graphs.replay(graph, batch, embeddings, self._bases(batch))  # [tokens, hidden]
+                hidden = self.graphs.replay(graph, variant, batch, embeddings, self._bases(batch))  # [tokens, hidden]
             else:
                 if self.tiling is not None and not apart:
-                    state.tiles, state.touched = self.tiling.tiles_for(self._bases(batch)), self._touched(batch)
+                    state.tiles = self.tiling.tiles_for(self._bases(batch))
+                    state.touched, state.has_gains = self._touched(batch), variant == "gains"
                 base.attention.plan(batch.spans)
                 hidden = base.decode(embeddings, self._to_device(batch.positions))  # [tokens, hidden]
             if not len(batch.head_rows):
@@ -146,8 +148,13 @@ class Runner:
         return batch.repeat(lambda chunk: on_device(chunk.sequence.adapter_hash).base if chunk.sequence.adapter_hash else -1)
 
     def _touched(self, batch: Batch) -> int:
-        hashes = {chunk.sequence.adapter_hash for chunk in batch.chunks} - {""}
-        return reduce(or_, (self.tiers.on_device(adapter_hash).touched for adapter_hash in hashes), 0)
+        """The groups at which some adapter of the batch does something, as bits."""
+        return reduce(or_, (self.tiers.on_device(adapter_hash).touched for adapter_hash in batch.adapter_hashes), 0)
+
+    def _variant(self, batch: Batch) -> Variant:
+        if not batch.adapter_hashes:
+            return "base"
+        return "gains" if any(self.tiers.on_device(adapter_hash).has_gains for adapter_hash in batch.adapter_hashes) else "adapters"
 
     def _segments(self, chunks: list[Chunk], counts: list[int]) -> list[Segment]:
         segments: list[Segment] = []

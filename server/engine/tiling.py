@@ -1,30 +1,43 @@
-"""Rows of a step as tiles of one adapter each, and the kernels that add their deltas. The link between a batch and kernels.grouped.
+"""Rows of a step as tiles of one adapter each, and when the kernels of their deltas run. The link between a batch and kernels.grouped.
 
 Owns the scratch that the kernels share, and the launch choices by group and number of rows. Rows and adapters come from the runner.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 
-from server.kernels.grouped import NONE, GroupShape, Tiles, empty_tiles, make_tiles, new_scratch
+from server.kernels.grouped import NONE, ZERO, GroupShape, Tiles, empty_tiles, make_tiles, new_scratch
 from server.kernels.launch import Card, Choice, block_m_of, card_of, choose, max_split_k
 from server.model.forward import ForwardState
+from server.model.linear import Accumulate, Compute
 
 WARM_ROWS = (8, 512, 1024)  # one of each line of launch.py's tables
+_Operands = tuple[torch.Tensor, GroupShape, Tiles, torch.Tensor, Choice]  # arena, shape, tiles, scratch, choice
 
 
 class Tiling:
-    """Tiles for steps of up to `max_rows` rows, and `add`, which a group calls with its product."""
+    """Tiles for steps of up to `max_rows` rows, and `around`, which runs a group's product with its deltas."""
 
-    def __init__(self, state: ForwardState, arena: torch.Tensor, max_rows: int) -> None:
-        from server.kernels.grouped_kernels import apply_group  # needs Triton
+    def __init__(
+        self,
+        state: ForwardState,
+        arena: torch.Tensor,
+        max_rows: int,
+        choose: Callable[[Card, int, GroupShape, int], Choice] = choose,
+    ) -> None:
+        from server.kernels import grouped_kernels  # needs Triton
 
-        self._apply, self._state, self._arena, self._device = apply_group, state, arena, arena.device
+        self._kernels, self._state, self._arena, self._device = grouped_kernels, state, arena, arena.device
+        self._choose = choose
         self.card = self._card()
         self.max_rows = max_rows
         sizes = {min(max_rows, 1 << power) for power in range(max_rows.bit_length() + 1)}
         self._scratch = new_scratch(1, max(max_split_k(self.card, n) * n for n in sizes), self._device)[0]  # [planes * rows, ranks]
         self._choices: dict[tuple[int, GroupShape], Choice] = {}
+        self._side: torch.cuda.Stream | None = None  # where steps are captured: another stream, for what runs beside the base's products
 
     def block_m(self, num_rows: int) -> int:
         """Rows of a tile in a step of so many rows."""
@@ -37,36 +50,89 @@ class Tiling:
             for shape in {shape[:2]: shape for shape in shapes}.values():
                 x = torch.zeros(num_rows, shape.in_features, dtype=self._arena.dtype, device=self._device)
                 y = torch.zeros(num_rows, shape.out_features, dtype=self._arena.dtype, device=self._device)
-                self._state.tiles = tiles
-                try:
-                    self.add(y, x, shape)
-                finally:
-                    self._state.clear()
+                for adds in (False, True):
+                    self._state.tiles, self._state.has_gains = tiles, not adds
+                    try:
+                        self.around(x, shape, lambda y=y: y, lambda y: None)
+                    finally:
+                        self._state.clear()
 
     def tiles_for(self, bases: np.ndarray) -> Tiles | None:
         """Tiles of a step that runs uncaptured, from each row's adapter (int64 [rows], -1: the base); None if there are only base rows."""
         if not (bases >= 0).any():
             return None
-        arrays = make_tiles(bases, self.block_m(len(bases)))
+        arrays = make_tiles(np.where(bases < 0, ZERO, bases), self.block_m(len(bases)))
         return Tiles(
             self._to_device(np.append(arrays.tile_base, NONE)),
             self._to_device(np.append(arrays.tile_start, np.int32(0))),
             self._to_device(np.append(arrays.tile_len, np.int32(0))),
-            self._to_device(np.resize(arrays.row_ids, len(bases))),
+            self._to_device(arrays.row_ids),
             self.block_m(len(bases)),
         )
 
-    def add(self, y: torch.Tensor, x: torch.Tensor, shape: GroupShape) -> None:
-        """Every row's delta at a group, by the step's tiles: y [rows, sum of outs] in place, x [rows, in]."""
-        num_rows, tiles = y.shape[0], self._state.tiles
+    @contextmanager
+    def captured(self) -> Iterator[None]:
+        """A step that is captured, or tried before that: a graph's branches cost nothing to launch, so kernels run beside the products."""
+        self._side = torch.cuda.Stream(self._device)
+        try:
+            yield
+        finally:
+            self._side = None
+
+    def around(self, x: torch.Tensor, shape: GroupShape, compute: Compute, accumulate: Accumulate | None) -> torch.Tensor:
+        """x [rows, in] -> [rows, sum of outs]: the group's product with every row's delta, by the step's tiles.
+
+        `compute()` is the product; `accumulate(y)`, where there is one, adds it to y in place. Tiles hold every row."""
+        operands = self._operands(shape, self._choice(x.shape[0], shape))
+        if accumulate is not None and not self._state.has_gains:  # so that the product's output is read once less
+            y = torch.empty(x.shape[0], shape.out_features, dtype=x.dtype, device=x.device)
+            self._kernels.shrink(x, *operands)
+            self._kernels.write(y, *operands)
+            accumulate(y)
+        else:
+            y = compute()
+            self._kernels.apply_group(y, x, *operands)
+        return y
+
+    def apart(self, x: torch.Tensor, shape: GroupShape, compute: Compute) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [rows, in] -> the product `compute()` and the rows' deltas, both [rows, sum of outs]; where a step is captured, computed beside
+        each other. For steps without gains, and tiles that hold every row."""
+        arena, shape, tiles, scratch, choice = self._operands(shape, self._choice(x.shape[0], shape))
+        deltas = torch.empty(x.shape[0], shape.out_features, dtype=x.dtype, device=self._device)
+        # No group begins before the group before is done with its planes: it needs that one's output. So one scratch is enough.
+        # What follows another stream's work has no one predecessor: no programmatic launch.
+        operands = arena, shape, tiles, scratch, choice._replace(pdl=False)
+        with self._beside():
+            self._kernels.shrink(x, *operands)
+            self._kernels.write(deltas, *operands)
+        y = compute()
+        if self._side is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._side)
+        return y, deltas
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """What is launched inside runs beside what the current stream gets next."""
+        if self._side is None:
+            yield
+            return
+        self._side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._side):
+            yield
+
+    def _operands(self, shape: GroupShape, choice: Choice) -> _Operands:
+        tiles = self._state.tiles
+        row_cap = tiles.row_ids.numel()
+        scratch = self._scratch[: choice.split_k * row_cap].view(choice.split_k, row_cap, -1)
+        return self._arena, shape, tiles, scratch, choice
+
+    def _choice(self, num_rows: int, shape: GroupShape) -> Choice:
         choice = self._choices.get((num_rows, shape))
         if choice is None:
             if len(self._choices) > 65536:  # uncaptured steps have any number of rows
                 self._choices.clear()
-            choice = self._choices[num_rows, shape] = choose(self.card, num_rows, shape)
-        row_cap = tiles.row_ids.numel()
-        scratch = self._scratch[: choice.split_k * row_cap].view(choice.split_k, row_cap, -1)
-        self._apply(y, x, self._arena, shape, tiles, scratch, choice)
+            choice = self._choices[num_rows, shape] = self._choose(self.card, num_rows, shape, self._arena.element_size())
+        return choice
 
     def _card(self) -> Card:
         if self._device.type != "cuda":

@@ -48,10 +48,10 @@ class _Target:
 
 
 def compile_pair(job: Job) -> list:
-    """Triton's compiled shrink and expand. It replaces the process's Triton driver: call it where nothing is launched."""
+    """Triton's compiled shrink, expand and write. It replaces the process's Triton driver: call it where nothing is launched."""
     from triton.runtime import driver
 
-    from server.kernels.grouped_kernels import expand_call, shrink_call
+    from server.kernels.grouped_kernels import expand_call, shrink_call, write_call
 
     driver.set_active(_Target(job.capability))
     with torch.device("meta"):
@@ -67,8 +67,8 @@ def compile_pair(job: Job) -> list:
         scratch = torch.empty(choice.split_k, num_rows, job.rank_cap)
         x = torch.empty(num_rows, job.shape.in_features, dtype=job.dtype)
         y = torch.empty(num_rows, job.shape.out_features, dtype=job.dtype)
-        calls = shrink_call(x, arena, job.shape, tiles, scratch, choice), expand_call(y, arena, job.shape, tiles, scratch, choice)
-        return [call.compile() for call in calls]
+        operands = arena, job.shape, tiles, scratch, choice
+        return [call.compile() for call in (shrink_call(x, *operands), expand_call(y, *operands), write_call(y, *operands))]
 
 
 def compile_ahead(jobs: Iterable[Job], num_processes: int | None = None) -> None:

@@ -23,6 +23,7 @@ DESC_WIDTH = 2 + SITE_WIDTH * MAX_SITES
 BASE_BYTES = 64  # an adapter's run begins at a multiple of this
 RANK_CAP = 512  # the most ranks of one adapter at one group, unless a scratch of another width is given
 NONE = -1
+ZERO = -2  # base of a tile of the base model's rows, where every row must be written
 KERNEL_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -101,10 +102,11 @@ def tile_cap(num_rows: int, num_adapters: int, block_m: int) -> int:
 def make_tiles(adapter_base_of_row: np.ndarray, block_m: int) -> TileArrays:
     """Rows of a batch, each with its adapter's base (int64 [rows], -1: the base model), as tiles of up to `block_m` rows of one adapter.
 
-    Rows are sorted by base and keep their order within one. Tiles of one adapter stand together, so that its factors are read from L2."""
+    Rows are sorted by base and keep their order within one. Tiles of one adapter stand together, so that its factors are read from L2.
+    Rows that say ZERO instead of -1 are in tiles too, the first ones: kernels that write every row write noughts there."""
     order = np.argsort(adapter_base_of_row, kind="stable")
     bases = adapter_base_of_row[order]
-    num_base_rows = int(np.searchsorted(bases, 0))
+    num_base_rows = int(np.searchsorted(bases, 0)) if ZERO not in bases[:1] else 0
     order, bases = order[num_base_rows:], bases[num_base_rows:]
     starts = np.flatnonzero(np.diff(bases, prepend=NONE))  # [adapters]
     lens = np.diff(starts, append=len(bases))  # [adapters]

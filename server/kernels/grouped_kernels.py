@@ -6,16 +6,17 @@ grid follows from the buffers' capacity alone and every program walks the live t
 Needs Triton: import it where there is a GPU (or Triton's interpreter). Called by model/ for every group; grouped.py says what it computes.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from server.kernels.grouped import DESC_WIDTH, MAX_SITES, SITE_WIDTH, GroupShape, Tiles, check_rows
+from server.kernels.grouped import DESC_WIDTH, MAX_SITES, NONE, SITE_WIDTH, GroupShape, Tiles, check_rows
 from server.kernels.launch import Choice
 
-_DESC_WIDTH, _SITE_WIDTH = tl.constexpr(DESC_WIDTH), tl.constexpr(SITE_WIDTH)
+_DESC_WIDTH, _SITE_WIDTH, _NONE = tl.constexpr(DESC_WIDTH), tl.constexpr(SITE_WIDTH), tl.constexpr(NONE)
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -42,11 +43,11 @@ def _shrink(
         tl.extra.cuda.gdc_wait()
     item = tl.program_id(0)
     base = tl.load(tile_base + item // SPLIT)
-    while base >= 0:
+    while base != _NONE:
         tile, part = item // SPLIT, item % SPLIT
         desc = (arena + base).to(tl.pointer_type(tl.int64), bitcast=True) + group * _DESC_WIDTH
-        a = _place(arena, base, tl.load(desc), ALIGNED)
-        num_ranks = tl.load(desc + 1).to(tl.int32)
+        a = _place(arena, base, tl.load(desc, mask=base >= 0, other=0), ALIGNED)
+        num_ranks = tl.load(desc + 1, mask=base >= 0, other=0).to(tl.int32)
         m = tl.arange(0, BLOCK_M)
         live = m < tl.load(tile_len + tile)
         positions = tl.load(tile_start + tile) + m
@@ -98,16 +99,17 @@ def _site_of(block, C1: tl.constexpr, C2: tl.constexpr, C3: tl.constexpr, C4: tl
 def _expand_tile(
     y, arena, planes, tile, base, entry, row_ids, tile_start, tile_len, num_rows, y_stride, start, out, chunk,
     RANK_CAP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_R: tl.constexpr, DOT: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_R: tl.constexpr, DOT: tl.constexpr, ALIGNED: tl.constexpr, FRESH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A chunk of CHUNK blocks of columns of one site, for the rows of one tile.
 
     The planes of the first BLOCK_R ranks are summed once a chunk; a block's B and y are asked for while the block before is computed."""
-    r_start, r_stop = tl.load(entry).to(tl.int32), tl.load(entry + 1).to(tl.int32)
-    b = _place(arena, base, tl.load(entry + 2), ALIGNED)
-    scale = tl.load(entry + 3).to(tl.int32).to(tl.float32, bitcast=True)
-    gain, bias = tl.load(entry + 4), tl.load(entry + 5)
-    if (r_stop > r_start) | (gain >= 0) | (bias >= 0):
+    is_live = base >= 0
+    r_start, r_stop = tl.load(entry, mask=is_live, other=0).to(tl.int32), tl.load(entry + 1, mask=is_live, other=0).to(tl.int32)
+    b = _place(arena, base, tl.load(entry + 2, mask=is_live, other=0), ALIGNED)
+    scale = tl.load(entry + 3, mask=is_live, other=0).to(tl.int32).to(tl.float32, bitcast=True)
+    gain, bias = tl.load(entry + 4, mask=is_live, other=-1), tl.load(entry + 5, mask=is_live, other=-1)
+    if FRESH | (r_stop > r_start) | (gain >= 0) | (bias >= 0):
         m, n = tl.arange(0, BLOCK_M), chunk * (CHUNK * BLOCK_N) + tl.arange(0, BLOCK_N)
         live = m < tl.load(tile_len + tile)
         positions = tl.load(tile_start + tile) + m
@@ -120,7 +122,8 @@ def _expand_tile(
         if PDL:
             tl.extra.cuda.gdc_wait()
         y_at = y + rows[:, None] * y_stride + start + n[None, :]
-        old = tl.load(y_at, mask=live[:, None] & (n < out)[None, :], other=0.0)
+        old_mask = live[:, None] & (not FRESH)
+        old = tl.load(y_at, mask=old_mask & (n < out)[None, :], other=0.0)
         h_mask = live[:, None] & (r < rank)[None, :]
         first_h = _sum_planes(planes, positions, r_start + r, h_mask, num_rows, RANK_CAP, SPLIT).to(arena.dtype.element_ty).to(DOT)
         for c in range(CHUNK):
@@ -128,7 +131,7 @@ def _expand_tile(
             n_next = n + BLOCK_N
             next_inside = (n_next < out) & (c + 1 < CHUNK)
             b_next = tl.load(b_at + BLOCK_N, mask=(r < rank)[:, None] & next_inside[None, :], other=0.0)
-            old_next = tl.load(y_at + BLOCK_N, mask=live[:, None] & next_inside[None, :], other=0.0)
+            old_next = tl.load(y_at + BLOCK_N, mask=old_mask & next_inside[None, :], other=0.0)
             acc = tl.dot(first_h, b_tile.to(DOT), input_precision="ieee")
             for r0 in range(BLOCK_R, rank, BLOCK_R):
                 more = r0 + r < rank
@@ -136,7 +139,7 @@ def _expand_tile(
                 h = _sum_planes(planes, positions, r_start + r0 + r, live[:, None] & more[None, :], num_rows, RANK_CAP, SPLIT)
                 acc = tl.dot(h.to(arena.dtype.element_ty).to(DOT), b_more.to(DOT), acc, input_precision="ieee")
             new = old.to(tl.float32)
-            if gain >= 0:
+            if (gain >= 0) & (not FRESH):
                 new *= tl.load(_place(arena, base, gain, ALIGNED) + n, mask=inside, other=0.0).to(tl.float32)[None, :]
             new += scale * acc
             if bias >= 0:
@@ -150,20 +153,20 @@ def _expand(
     y, arena, planes, tile_base, tile_start, tile_len, row_ids, group, num_tiles, num_rows, y_stride,
     C1: tl.constexpr, C2: tl.constexpr, C3: tl.constexpr, C4: tl.constexpr, CHUNKS: tl.constexpr,
     RANK_CAP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_R: tl.constexpr, DOT: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_R: tl.constexpr, DOT: tl.constexpr, ALIGNED: tl.constexpr, FRESH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[rows of the tile, columns] = gain * y + scale * (sum of planes) @ B + bias, in place; C1 to C4: where the sites' columns
-    end; an absent site is none wide. CHUNKS: chunks of columns of a tile, each within one site."""
+    end; an absent site is none wide. CHUNKS: chunks of columns of a tile, each within one site. FRESH: y is written, not read."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     item = tl.program_id(0)
     base = tl.load(tile_base + item // CHUNKS)
-    while base >= 0:
+    while base != _NONE:
         site, start, stop, chunk = _site_of(item % CHUNKS, C1, C2, C3, C4, CHUNK * BLOCK_N, ALIGNED)
         desc = (arena + base).to(tl.pointer_type(tl.int64), bitcast=True) + group * _DESC_WIDTH
         _expand_tile(
             y, arena, planes, item // CHUNKS, base, desc + 2 + site * _SITE_WIDTH, row_ids, tile_start, tile_len, num_rows, y_stride,
-            start, stop - start, chunk, RANK_CAP, SPLIT, BLOCK_M, BLOCK_N, CHUNK, BLOCK_R, DOT, ALIGNED, PDL,
+            start, stop - start, chunk, RANK_CAP, SPLIT, BLOCK_M, BLOCK_N, CHUNK, BLOCK_R, DOT, ALIGNED, FRESH, PDL,
         )  # fmt: skip
         item += tl.num_programs(0)
         base = tl.load(tile_base + item // CHUNKS, mask=item < num_tiles * CHUNKS, other=-1)
@@ -172,12 +175,18 @@ def _expand(
 
 
 class Call(NamedTuple):
-    """A kernel with all that it is launched with."""
+    """A kernel with all that it is launched with. A tile makes `per_tile` items, each a program's turn; `most` as of Choice's programs."""
 
     kernel: triton.JITFunction
-    num_programs: int
+    per_tile: int
+    most: int
     args: tuple
     options: dict
+
+    @property
+    def num_programs(self) -> int:
+        """Programs of the grid."""
+        return _num_programs(self.args[8] * self.per_tile, self.most)
 
     def launch(self):
         """Run it on the current stream; Triton's compiled kernel."""
@@ -199,7 +208,8 @@ def shrink_call(x: torch.Tensor, arena: torch.Tensor, shape: GroupShape, tiles: 
     num_tiles = tiles.tile_base.numel()
     return Call(
         _shrink,
-        _num_programs(num_tiles * choice.split_k, choice.shrink_programs),
+        choice.split_k,
+        choice.shrink_programs,
         (x, arena, scratch, *tiles[:4], shape.index, num_tiles, scratch.shape[1], x.stride(0)),
         dict(
             K=shape.in_features, RANK_CAP=scratch.shape[2], SPLIT=choice.split_k, BLOCK_M=tiles.block_m, BLOCK_K=choice.block_k,
@@ -209,34 +219,50 @@ def shrink_call(x: torch.Tensor, arena: torch.Tensor, shape: GroupShape, tiles: 
     )  # fmt: skip
 
 
-def expand_call(y: torch.Tensor, arena: torch.Tensor, shape: GroupShape, tiles: Tiles, scratch: torch.Tensor, choice: Choice) -> Call:
-    """What `expand` launches."""
+def expand_call(
+    y: torch.Tensor, arena: torch.Tensor, shape: GroupShape, tiles: Tiles, scratch: torch.Tensor, choice: Choice, fresh: bool = False
+) -> Call:
+    """What `expand` launches, or `write`."""
     check_rows(y, shape.out_features, arena, tiles, scratch, choice.block_m, choice.split_k)
-    num_tiles, stops = tiles.tile_base.numel(), [stop for _, stop in shape.columns]
-    chunks = sum(triton.cdiv(stop - start, choice.block_n * choice.chunk) for start, stop in shape.columns)
-    stops += stops[-1:] * (MAX_SITES - len(stops))
+    block_n, chunk, warps = choice.block_n, choice.chunk, choice.expand_warps
+    if fresh:
+        block_n, chunk, warps = choice.write_block_n, choice.write_chunk, choice.write_warps
+    num_tiles, stops = tiles.tile_base.numel(), _stops(shape)
+    chunks = sum(triton.cdiv(stop - start, block_n * chunk) for start, stop in shape.columns)
     return Call(
         _expand,
-        _num_programs(num_tiles * chunks, choice.expand_programs),
+        chunks,
+        choice.expand_programs,
         (y, arena, scratch, *tiles[:4], shape.index, num_tiles, scratch.shape[1], y.stride(0), *stops, chunks),
         dict(
-            RANK_CAP=scratch.shape[2], SPLIT=choice.split_k, BLOCK_M=tiles.block_m, BLOCK_N=choice.block_n,
-            CHUNK=choice.chunk, BLOCK_R=choice.expand_block_r, num_warps=choice.expand_warps, num_stages=choice.expand_stages,
-            **_common(arena, shape, choice),
+            RANK_CAP=scratch.shape[2], SPLIT=choice.split_k, BLOCK_M=tiles.block_m, BLOCK_N=block_n, CHUNK=chunk,
+            BLOCK_R=choice.expand_block_r, num_warps=warps, num_stages=choice.expand_stages,
+            FRESH=fresh, **_common(arena, shape, choice),
         ),
     )  # fmt: skip
+
+
+def write_call(y: torch.Tensor, arena: torch.Tensor, shape: GroupShape, tiles: Tiles, scratch: torch.Tensor, choice: Choice) -> Call:
+    """What `write` launches."""
+    return expand_call(y, arena, shape, tiles, scratch, choice, fresh=True)
 
 
 def shrink(x: torch.Tensor, arena: torch.Tensor, shape: GroupShape, tiles: Tiles, scratch: torch.Tensor, choice: Choice) -> None:
     """x [rows, in] times each row's A, into `scratch` [split_k, row_cap, rank_cap]. It needs no y: it may run beside the base's product.
 
     ValueError if types or shapes do not fit each other. Ranks beyond rank_cap are refused where descriptors are made (`describe`)."""
-    shrink_call(x, arena, shape, tiles, scratch, choice).launch()
+    _launch(shrink_call, x, arena, shape, tiles, scratch, choice)
 
 
 def expand(y: torch.Tensor, arena: torch.Tensor, shape: GroupShape, tiles: Tiles, scratch: torch.Tensor, choice: Choice) -> None:
-    """The deltas of shrink's scratch into y [rows, sum of outs], in place. ValueError as of `shrink`."""
-    expand_call(y, arena, shape, tiles, scratch, choice).launch()
+    """The deltas of shrink's scratch added to y [rows, sum of outs], in place. ValueError as of `shrink`."""
+    _launch(expand_call, y, arena, shape, tiles, scratch, choice)
+
+
+def write(y: torch.Tensor, arena: torch.Tensor, shape: GroupShape, tiles: Tiles, scratch: torch.Tensor, choice: Choice) -> None:
+    """The deltas of shrink's scratch written to y [rows, sum of outs], whatever was there: nought where an adapter does nothing, and in
+    the rows of ZERO tiles. Gains, which need the base's product, do not count. ValueError as of `shrink`."""
+    _launch(write_call, y, arena, shape, tiles, scratch, choice)
 
 
 def apply_group(
@@ -246,35 +272,47 @@ def apply_group(
 
     Semantics: `apply_group_reference`, with float32 accumulation; products' operands have the arena's type. `scratch` may be shared by all
     groups of a model that run one after another; neither it nor unused tiles need to hold anything in particular."""
-    # Triton's own way from a call to a launch binds and specializes some twenty arguments: 100 us a pair and more, 128 pairs a step. So
-    # what was compiled for the same shapes, strides and alignment is launched directly; what differs otherwise is an argument.
-    key = (shape[:2], choice, arena.dtype, x.device.index, scratch.shape[2], x.stride(0), y.stride(0), x.data_ptr() % 16, y.data_ptr() % 16)
-    prepared = _prepared.get(key)
-    if prepared is None:
-        calls = shrink_call(x, arena, shape, tiles, scratch, choice), expand_call(y, arena, shape, tiles, scratch, choice)
-        compiled = [call.launch() for call in calls]
-        if not triton.knobs.runtime.interpret:
-            chunks = calls[1].args[-1]
-            _prepared[key] = _Prepared(compiled[0], calls[0].constants, compiled[1], (*calls[1].args[11:], *calls[1].constants), chunks)
-        return
-    num_tiles, shared = tiles.tile_base.numel(), (arena, scratch, *tiles[:4], shape.index, tiles.tile_base.numel(), scratch.shape[1])
-    num_shrinks = _num_programs(num_tiles * choice.split_k, choice.shrink_programs)
-    prepared.shrink[(num_shrinks, 1, 1)](x, *shared, x.stride(0), *prepared.shrink_constants)
-    num_expands = _num_programs(num_tiles * prepared.chunks, choice.expand_programs)
-    prepared.expand[(num_expands, 1, 1)](y, *shared, y.stride(0), *prepared.expand_constants)
+    shrink(x, arena, shape, tiles, scratch, choice)
+    expand(y, arena, shape, tiles, scratch, choice)
 
 
 class _Prepared(NamedTuple):
-    """A pair of kernels that Triton has compiled and launched before, and the constants that their launchers still want."""
+    """A kernel that Triton has compiled and launched before, and the constants that its launcher still wants."""
 
-    shrink: Any
-    shrink_constants: tuple
-    expand: Any
-    expand_constants: tuple
-    chunks: int
+    compiled: Any
+    constants: tuple
+    per_tile: int
+    most: int
 
 
+_NUM_ARGS = 11  # of either kernel, before its constants
 _prepared: dict[tuple, _Prepared] = {}
+
+
+def _launch(
+    make_call: Callable[..., Call], rows: torch.Tensor, arena: torch.Tensor, shape: GroupShape, tiles: Tiles, scratch: torch.Tensor,
+    choice: Choice,
+) -> None:  # fmt: skip
+    # Triton's own way from a call to a launch binds and specializes some twenty arguments: 100 us a pair and more, 128 pairs a step. So
+    # what was compiled for the same shapes, strides and alignment is launched directly; what differs otherwise is an argument.
+    stride = rows.stride(0)
+    key = (make_call, shape[:2], choice, arena.dtype, rows.device.index, scratch.shape[2], stride, rows.data_ptr() % 16)
+    prepared = _prepared.get(key)
+    if prepared is None:
+        call = make_call(rows, arena, shape, tiles, scratch, choice)
+        compiled = call.launch()
+        if not triton.knobs.runtime.interpret:
+            _prepared[key] = _Prepared(compiled, (*call.args[_NUM_ARGS:], *call.constants), call.per_tile, call.most)
+        return
+    num_tiles = tiles.tile_base.numel()
+    grid = (_num_programs(num_tiles * prepared.per_tile, prepared.most), 1, 1)
+    prepared.compiled[grid](rows, arena, scratch, *tiles[:4], shape.index, num_tiles, scratch.shape[1], stride, *prepared.constants)
+
+
+def _stops(shape: GroupShape) -> list[int]:
+    """Where the sites' columns end; an absent site is none wide."""
+    stops = [stop for _, stop in shape.columns]
+    return stops + stops[-1:] * (MAX_SITES - len(stops))
 
 
 def _num_programs(items: int, most: int) -> int:

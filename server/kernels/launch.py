@@ -33,10 +33,13 @@ class Choice(NamedTuple):
     expand_warps: int
     expand_stages: int
     expand_programs: int
+    write_block_n: int  # of an expand that writes and does not read
+    write_chunk: int
+    write_warps: int
     pdl: bool
 
 
-class _Row(NamedTuple):
+class Line(NamedTuple):
     """A line of a card's table: up to `max_rows` rows a step. `waves`: programs of a grid, in multiples of the card's SMs."""
 
     max_rows: int
@@ -49,28 +52,31 @@ class _Row(NamedTuple):
     shrink_stages: int
     expand_warps: int
     waves: int
+    write_block_n: int
+    write_chunk_n: int
+    write_warps: int
 
 
 _ANY = 1 << 30
-_TABLES: dict[str, tuple[_Row, ...]] = {
+_TABLES: dict[str, tuple[Line, ...]] = {
     # Few rows: as many programs as can be, since each reads little. Many rows: the same factors serve 64 rows at once.
     "hopper": (
-        _Row(8, 16, 8, 256, 128, 128, 4, 4, 4, 0),
-        _Row(512, 16, 8, 256, 128, 512, 4, 3, 4, 8),
-        _Row(_ANY, 64, 2, 256, 128, 512, 4, 3, 8, 16),
+        Line(8, 16, 8, 256, 128, 128, 4, 4, 4, 0, 128, 128, 4),
+        Line(512, 16, 8, 256, 128, 512, 4, 3, 4, 8, 128, 512, 4),
+        Line(_ANY, 64, 2, 256, 128, 512, 4, 3, 8, 16, 256, 1024, 4),
     ),
     # A projection, measured by nobody yet. 300 GB/s times a latency of 0.8 us is 240 KB in flight, 4 KB an SM, so half of Hopper's
     # split fills the card; 100 KB of shared memory an SM hold three programs of 3 x (16 + 64) x 64 elements; no PDL before sm_90.
     "ada": (
-        _Row(8, 16, 8, 128, 128, 128, 4, 3, 4, 0),
-        _Row(512, 16, 4, 128, 128, 512, 4, 3, 4, 8),
-        _Row(_ANY, 64, 1, 64, 128, 512, 4, 3, 4, 8),
+        Line(8, 16, 8, 128, 128, 128, 4, 3, 4, 0, 128, 128, 4),
+        Line(512, 16, 4, 128, 128, 512, 4, 3, 4, 8, 128, 512, 4),
+        Line(_ANY, 64, 1, 64, 128, 512, 4, 3, 4, 8, 128, 512, 4),
     ),
     # Anything else with Triton: Ada's row, whose needs any card since Ampere meets.
     "generic": (
-        _Row(8, 16, 8, 128, 128, 128, 4, 3, 4, 0),
-        _Row(512, 16, 4, 128, 128, 512, 4, 3, 4, 8),
-        _Row(_ANY, 64, 1, 64, 128, 512, 4, 3, 4, 8),
+        Line(8, 16, 8, 128, 128, 128, 4, 3, 4, 0, 128, 128, 4),
+        Line(512, 16, 4, 128, 128, 512, 4, 3, 4, 8, 128, 512, 4),
+        Line(_ANY, 64, 1, 64, 128, 512, 4, 3, 4, 8, 128, 512, 4),
     ),
 }
 
@@ -86,21 +92,28 @@ def card_of(capability: tuple[int, int], num_sms: int) -> Card:
 
 def block_m_of(card: Card, num_rows: int) -> int:
     """Rows of a tile in a step of up to `num_rows` rows: the same for every group, since all share the step's tiles."""
-    return _row_of(card, num_rows).block_m
+    return line_of(card, num_rows).block_m
 
 
 def max_split_k(card: Card, num_rows: int) -> int:
     """Planes that a scratch for steps of up to `num_rows` rows needs, whatever the group."""
-    return _row_of(card, num_rows).split_k
+    return line_of(card, num_rows).split_k
 
 
-def choose(card: Card, num_rows: int, shape: GroupShape) -> Choice:
-    """The launch for a group in a step of up to `num_rows` rows."""
-    row = _row_of(card, num_rows)
-    split_k, block_k = _cut(shape.in_features, row.split_k, row.block_k)
+def choose(card: Card, num_rows: int, shape: GroupShape, item_bytes: int = 2) -> Choice:
+    """The launch for a group in a step of up to `num_rows` rows, of numbers of `item_bytes`."""
+    row = line_of(card, num_rows)
+    split_k, block_k = _cut(shape.in_features, row.split_k, row.block_k * 2 // item_bytes)
     widest = max(stop - start for start, stop in shape.columns)
-    block_n = min(row.block_n, max(16, _power_of_two(widest)))
-    chunk_n = row.chunk_n * (2 if widest > 8192 and row.chunk_n > row.block_n else 1)
+
+    def columns(block_n: int, chunk_n: int) -> tuple[int, int]:
+        """(columns of a block, blocks of a chunk) in a group of this width."""
+        block_n = min(block_n, max(16, _power_of_two(widest)))
+        chunk_n *= 2 if widest > 8192 and chunk_n == 512 else 1
+        return block_n, max(1, min(chunk_n, _power_of_two(widest)) // block_n)
+
+    block_n, chunk = columns(row.block_n, row.chunk_n)
+    write_block_n, write_chunk = columns(row.write_block_n, row.write_chunk_n)
     return Choice(
         block_m=row.block_m,
         split_k=split_k,
@@ -111,16 +124,20 @@ def choose(card: Card, num_rows: int, shape: GroupShape) -> Choice:
         shrink_stages=row.shrink_stages,
         shrink_programs=card.num_sms * row.waves,
         block_n=block_n,
-        chunk=max(1, min(chunk_n, _power_of_two(widest)) // block_n),
+        chunk=chunk,
         expand_block_r=16,
         expand_warps=row.expand_warps,
         expand_stages=1,
         expand_programs=card.num_sms * row.waves,
+        write_block_n=write_block_n,
+        write_chunk=write_chunk,
+        write_warps=row.write_warps,
         pdl=card.pdl,
     )
 
 
-def _row_of(card: Card, num_rows: int) -> _Row:
+def line_of(card: Card, num_rows: int) -> Line:
+    """The line of the card's table for a step of up to `num_rows` rows."""
     return next(row for row in _TABLES[card.name] if num_rows <= row.max_rows)
 
 

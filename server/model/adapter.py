@@ -81,6 +81,7 @@ class DeviceAdapter:
     modules: dict[str, nn.Module] = field(default_factory=dict)  # module path -> what stands in for it
     base: int = -1  # where its run of an arena begins, in elements of the arena's type
     touched: int = 0  # bit g: it does something at group g
+    has_gains: bool = False  # it scales the base's product somewhere (DoRA)
     is_grouped: bool = False  # the decoder's part of it is in the run's descriptor, for kernels.grouped
     blocks: range = range(0)  # of the arena
     copied: torch.cuda.Event | None = None  # recorded behind the copy to the device

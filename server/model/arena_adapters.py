@@ -152,7 +152,7 @@ class ArenaCarrier(Carrier):
         adapter = DeviceAdapter(host.header.hash, num_bytes, host.header.vocab_size, no_views)
         adapter.blocks = range(first, first + num_blocks)
         adapter.base, adapter.is_grouped = first * self._arena.block_elements, host.run.desc is not None
-        adapter.touched = host.run.touched
+        adapter.touched, adapter.has_gains = host.run.touched, any(computed.gain != NONE for computed in host.run.computed)
         try:
             if self._stream is None:
                 self._fill(adapter, host, first)

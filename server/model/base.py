@@ -21,7 +21,7 @@ from server.model.adapter import AdapterPlacer, DeviceAdapter, HostAdapter
 from server.model.attention import AttentionShape, PagedAttention
 from server.model.flashinfer import FlashInferAttention
 from server.model.forward import ForwardState
-from server.model.linear import HeadGroup, SiteGroup, TileDelta
+from server.model.linear import HeadGroup, SiteGroup, TileDeltas
 from server.model.overrides import EmbeddingSite, ReplacedModule
 from server.model.probe import Probe, describe_site, probe
 from server.types import BaseLayout, Module, Site
@@ -141,11 +141,11 @@ class BaseModel:
         for index, (module, shape) in enumerate(self._attention_layers):
             module.__dict__["manylora_attention"] = partial(self._attend, index, shape.window)
 
-    def use_operators(self, add_tiles: TileDelta, *, compile_layers: bool) -> None:
+    def use_operators(self, deltas: TileDeltas, *, compile_layers: bool) -> None:
         """Run attention and the decoder's groups as opaque operators, and each decoder layer compiled by itself, if they are alike."""
         for group in self.groups:
             if not isinstance(group, HeadGroup):
-                group.use_operator(add_tiles)
+                group.use_operator(deltas)
         self._seams = [AttentionSeam(self, index, shape) for index, (_, shape) in enumerate(self._attention_layers)]
         for seam, (module, _) in zip(self._seams, self._attention_layers, strict=True):
             module.manylora_key = operators.new_key(seam)

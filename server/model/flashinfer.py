@@ -16,6 +16,17 @@ HEAD_DIMS = (64, 128, 256)
 WORKSPACE_BYTES = 256 << 20
 
 
+def workspace_bytes(shapes: list[AttentionShape], num_rows: int, num_sequences: int, num_sms: int) -> int:
+    """What FlashInfer wants for partial results of a captured step of `num_rows` rows of up to `num_sequences` sequences: a float for each
+    head and dimension of each row of the most tiles of 128 rows that there can be (its PrefillPlan), and one more for their weights."""
+    most = 0
+    for shape in shapes:
+        num_tiles = -(-num_rows * (shape.num_heads // shape.num_kv_heads) // 128) + num_sequences
+        num_tiles = max(num_tiles, 2 * num_sms // shape.num_kv_heads)
+        most = max(most, num_tiles * 128 * shape.num_heads * (shape.key_dim + 1) * 4)
+    return max(WORKSPACE_BYTES, most + (16 << 20))
+
+
 def why_not(shapes: list[AttentionShape], dtype: torch.dtype, device: torch.device) -> str | None:
     """Why FlashInfer cannot compute these layers; None if it can."""
     if device.type != "cuda":
@@ -46,8 +57,11 @@ class Indices:
     slots: np.ndarray  # int64 [tokens]: where each token's key and value go; -1: nowhere
 
 
-def index(spans: list[SequenceSpan], block_size: int, zero_block: int, num_rows: int | None = None) -> Indices:
-    """The indices of a step; with `num_rows`, decode rows padded to so many, each of which looks at one position of the zero block."""
+def index(
+    spans: list[SequenceSpan], block_size: int, zero_block: int, num_rows: int | None = None, num_sequences: int | None = None
+) -> Indices:
+    """The indices of a step, padded to `num_rows` rows where that is given. Then rows are decode rows, one a sequence, and those that are
+    padded with look at one position of the zero block; or, with `num_sequences`, of any kind, padded with sequences that have none."""
     lens = np.fromiter((span.context_len for span in spans), np.int32, len(spans))
     counts = np.fromiter((span.num_tokens for span in spans), np.int32, len(spans))
     num_pages = -(-lens // block_size)
@@ -61,7 +75,11 @@ def index(spans: list[SequenceSpan], block_size: int, zero_block: int, num_rows:
             position = np.arange(span.context_len - span.num_tokens, span.context_len)
             parts.append(table[position // block_size].astype(np.int64) * block_size + position % block_size)
         slots = np.concatenate(parts)
-    if num_rows is not None and num_rows > len(spans):
+    if num_sequences is not None:
+        extra = np.zeros(num_sequences - len(spans), np.int32)
+        num_pages, lens, counts = (np.concatenate([a, extra]) for a in (num_pages, lens, counts))
+        slots = np.concatenate([slots, np.full(num_rows - len(slots), -1, np.int64)])
+    elif num_rows is not None and num_rows > len(spans):
         extra = num_rows - len(spans)
         tables.append(np.full(extra, zero_block, np.int32))
         num_pages = np.concatenate([num_pages, np.ones(extra, np.int32)])
@@ -73,23 +91,26 @@ def index(spans: list[SequenceSpan], block_size: int, zero_block: int, num_rows:
         kv_indptr=np.concatenate([[0], np.cumsum(num_pages)]).astype(np.int32),
         kv_lens=lens,
         last_page_lens=((lens - 1) % block_size + 1).astype(np.int32),
-        pages=np.concatenate(tables),
+        pages=np.concatenate(tables) if tables else np.zeros(0, np.int32),
         slots=slots,
     )
 
 
 class _Planner:
-    """FlashInfer's wrappers, one for each kind of layer, that share one step's indices."""
+    """FlashInfer's wrappers, one for each kind of layer, that share one step's indices.
 
-    def __init__(self, owner: "FlashInferAttention", num_rows: int | None) -> None:
+    For a graph of `num_rows` rows: decode rows, or with `num_sequences` rows of so many sequences."""
+
+    def __init__(self, owner: "FlashInferAttention", num_rows: int | None = None, num_sequences: int | None = None) -> None:
         from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
-        self._owner, self._num_rows, device = owner, num_rows, owner.device
+        self._owner, self.num_rows, self.num_sequences, device = owner, num_rows, num_sequences, owner.device
         options = {}
         if num_rows is not None:
-            self.qo_indptr = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
-            self.kv_indptr = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
-            self.last_page_lens = torch.ones(num_rows, dtype=torch.int32, device=device)
+            num = num_sequences or num_rows
+            self.qo_indptr = torch.arange(num + 1, dtype=torch.int32, device=device)
+            self.kv_indptr = torch.arange(num + 1, dtype=torch.int32, device=device)
+            self.last_page_lens = torch.ones(num, dtype=torch.int32, device=device)
             options = dict(
                 use_cuda_graph=True,
                 qo_indptr_buf=self.qo_indptr,
@@ -104,17 +125,20 @@ class _Planner:
                 wrapper._int_workspace_buffer, wrapper._pin_memory_int_workspace_buffer = owner.int_workspaces[key]
             else:
                 owner.int_workspaces[key] = wrapper._int_workspace_buffer, wrapper._pin_memory_int_workspace_buffer
-            self._prepare(wrapper, key, num_rows or 1)
+            self._prepare(wrapper, key)
             self.wrappers[key] = wrapper
 
-    def _prepare(self, wrapper, key: "_Kind", num_rows: int) -> None:
-        """FlashInfer's own plan once: it compiles or loads the module and keeps what does not change."""
-        indptr = torch.arange(num_rows + 1, dtype=torch.int32)
+    def _prepare(self, wrapper, key: "_Kind") -> None:
+        """FlashInfer's own plan once: it compiles or loads the module and keeps what does not change, such as the most rows."""
+        num = self.num_sequences or self.num_rows or 1
+        indptr = torch.arange(num + 1, dtype=torch.int32)
+        qo_indptr = indptr.clone()
+        qo_indptr[-1] = self.num_rows or 1
         wrapper.plan(
+            qo_indptr,
             indptr,
-            indptr,
-            torch.zeros(num_rows, dtype=torch.int32),
-            torch.ones(num_rows, dtype=torch.int32),
+            torch.zeros(num, dtype=torch.int32),
+            torch.ones(num, dtype=torch.int32),
             key.num_heads,
             key.num_kv_heads,
             key.dim,
@@ -129,7 +153,7 @@ class _Planner:
 
     def plan(self, indices: Indices, pinned_set: int) -> None:
         """Plan a step. The indices' device copies must be in place before the step runs."""
-        owner, batch, num_rows = self._owner, len(indices.kv_lens), int(indices.qo_indptr[-1])
+        owner, batch, num_rows = self._owner, len(indices.kv_lens), self.num_rows or int(indices.qo_indptr[-1])
         qo_indptr, kv_indptr, kv_lens = (torch.from_numpy(a) for a in (indices.qo_indptr, indices.kv_indptr, indices.kv_lens))
         for key, wrapper in self.wrappers.items():
             wrapper._qo_indptr_last, wrapper._batch_size = num_rows, batch
@@ -140,7 +164,7 @@ class _Planner:
                 qo_indptr,
                 kv_indptr,
                 kv_lens,
-                wrapper._max_total_num_rows or num_rows,
+                num_rows,
                 batch,
                 key.num_heads,
                 key.num_kv_heads,
@@ -186,24 +210,31 @@ class FlashInferAttention:
     captures = True
 
     def __init__(
-        self, shapes: list[AttentionShape], keys: list[torch.Tensor], values: list[torch.Tensor], block_size: int, max_pages: int
+        self,
+        shapes: list[AttentionShape],
+        keys: list[torch.Tensor],
+        values: list[torch.Tensor],
+        block_size: int,
+        max_pages: int,
+        workspace_bytes: int = WORKSPACE_BYTES,
     ) -> None:
-        """keys and values: [blocks, block_size, kv_heads, dim] of each layer; the last block stays zero. `max_pages`: of a graph's step."""
+        """keys and values: [blocks, block_size, kv_heads, dim] of each layer; the last block stays zero. `max_pages`: of a graph's step.
+        `workspace_bytes`: see `workspace_bytes`."""
         from server.kernels.cache import write_kv  # needs Triton
 
         self._write_kv = write_kv
         self.keys, self.values, self.block_size = keys, values, block_size
         self.device, self.dtype = keys[0].device, keys[0].dtype
         self.zero_block = keys[0].shape[0] - 1
-        self.workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=self.device)
+        self.workspace = torch.zeros(workspace_bytes, dtype=torch.uint8, device=self.device)
         self.graph_pages = torch.zeros(max_pages, dtype=torch.int32, device=self.device)
         self._kind_of = [_kind_of(shape) for shape in shapes]
         self.kinds = list(dict.fromkeys(self._kind_of))
         self.int_workspaces: dict[_Kind, tuple[torch.Tensor, torch.Tensor]] = {}
         self._pinned: dict[tuple[_Kind, int], torch.Tensor] = {}
         self._pinned_set = 0
-        self._eager = _Planner(self, None)
-        self._graphs: dict[int, _Planner] = {}
+        self._eager = _Planner(self)
+        self._graphs: dict[tuple[int, int | None], _Planner] = {}
         self._active = self._eager
         self._slots = torch.empty(0, dtype=torch.int64, device=self.device)
 
@@ -225,19 +256,23 @@ class FlashInferAttention:
         self._eager.plan(indices, self._pinned_set)
         self._eager.point_to(*parts)
 
-    def prepare_graph(self, num_rows: int, slots: torch.Tensor) -> None:
-        """Before a graph of `num_rows` decode rows is captured, with `slots` [num_rows] where each step's will be."""
-        planner = self._graphs.setdefault(num_rows, _Planner(self, num_rows))
+    def prepare_graph(self, num_rows: int, num_sequences: int | None, slots: torch.Tensor) -> None:
+        """Before a graph of `num_rows` rows is captured (decode rows, or of `num_sequences` sequences), with `slots` [num_rows] where each
+        step's will be."""
+        planner = self._graphs[num_rows, num_sequences] = _Planner(self, num_rows, num_sequences)
         self._active, self._slots = planner, slots
-        planner.plan(index([], self.block_size, self.zero_block, num_rows), self._pinned_set)
+        planner.plan(index([], self.block_size, self.zero_block, num_rows, num_sequences), self._pinned_set)
 
-    def plan_graph(self, spans: list[SequenceSpan], num_rows: int) -> tuple[Indices, list[tuple[np.ndarray, torch.Tensor]]]:
-        """Plan a replay of decode rows padded to `num_rows`: the indices, and what the caller has to copy where before it replays."""
-        planner = self._graphs[num_rows]
-        indices = index(spans, self.block_size, self.zero_block, num_rows)
+    def plan_graph(
+        self, spans: list[SequenceSpan], num_rows: int, num_sequences: int | None
+    ) -> tuple[Indices, list[tuple[np.ndarray, torch.Tensor]]]:
+        """Plan a replay of a prepared graph: the indices, and what the caller has to copy where before it replays."""
+        planner = self._graphs[num_rows, num_sequences]
+        indices = index(spans, self.block_size, self.zero_block, num_rows, num_sequences)
         self._turn()
         planner.plan(indices, self._pinned_set)
         copies = [
+            *([(indices.qo_indptr, planner.qo_indptr)] if num_sequences else []),
             (indices.kv_indptr, planner.kv_indptr),
             (indices.last_page_lens, planner.last_page_lens),
             (indices.pages, self.graph_pages[: len(indices.pages)]),

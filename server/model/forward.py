@@ -27,10 +27,12 @@ class ForwardState:
     def __init__(self) -> None:
         self.tiles: Tiles | None = None
         self.touched = -1  # bit g: some adapter of the tiles does something at group g
+        self.has_gains = True  # whether one of them may scale the base's product (DoRA)
+        self.apart = False  # deltas are computed beside the products, and added by whatever reads them
         self.token_segments: list[Segment] = []
         self.head_segments: list[Segment] = []
 
     def clear(self) -> None:
         """No adapters: the base alone."""
-        self.tiles, self.touched = None, -1
+        self.tiles, self.touched, self.has_gains, self.apart = None, -1, True, False
         self.token_segments = self.head_segments = []

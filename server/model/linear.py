@@ -7,6 +7,7 @@ the instance is replaced, so whatever linear a quantizer put there stays in use.
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,18 @@ from server.model import operators
 from server.model.forward import ForwardState, Segment
 from server.model.product import Product
 
-TileDelta = Callable[[torch.Tensor, torch.Tensor, GroupShape], None]  # y [rows, sum of outs] in place, x [rows, in]
+Compute = Callable[[], torch.Tensor]  # a group's product: [rows, sum of outs]
+Accumulate = Callable[[torch.Tensor], None]  # adds it to y [rows, sum of outs], in place
+
+
+class TileDeltas(Protocol):
+    """What runs a group's product with the deltas of a step's tiles."""
+
+    def around(self, x: torch.Tensor, shape: GroupShape, compute: Compute, accumulate: Accumulate | None) -> torch.Tensor:
+        """x [rows, in] -> [rows, sum of outs]; exactly one of `compute` and, where there is one, `accumulate` is called, once."""
+
+    def apart(self, x: torch.Tensor, shape: GroupShape, compute: Compute) -> tuple[torch.Tensor, torch.Tensor]:
+        """The product and the deltas, two tensors [rows, sum of outs]. For steps without gains."""
 
 
 class SiteGroup:
@@ -41,7 +53,7 @@ class SiteGroup:
         self._result: torch.Tensor | None = None
         self.product = Product(modules, share_weight=share_weight)
         self.key: torch.Tensor | None = None
-        self._add_tiles: TileDelta | None = None
+        self._deltas: TileDeltas | None = None
         for position, module in enumerate(modules):
             module.forward = self._forward_of(position)
 
@@ -62,9 +74,9 @@ class SiteGroup:
 
         return forward
 
-    def use_operator(self, add_tiles: "TileDelta") -> None:
-        """From now on compute in one opaque operator, which compiled layers do not look into; `add_tiles` runs the kernels."""
-        self._add_tiles, self.key = add_tiles, operators.new_key(self)
+    def use_operator(self, deltas: TileDeltas) -> None:
+        """From now on compute in one opaque operator, which compiled layers do not look into; `deltas` runs the kernels."""
+        self._deltas, self.key = deltas, operators.new_key(self)
 
     @cached_property
     def shape(self) -> GroupShape:
@@ -81,16 +93,36 @@ class SiteGroup:
             return self._add_deltas(self.product(x), x)
         if self.product.weight_of_all is None:
             return torch.ops.manylora.add_delta(self.product(x), x, self.key)
+        if self.state.apart:  # compiled, the sum is part of what reads it
+            product, deltas = torch.ops.manylora.linear_apart(x, self.product.weight_of_all, self.product.bias_of_all, self.key)
+            return product + deltas
         return torch.ops.manylora.linear(x, self.product.weight_of_all, self.product.bias_of_all, self.key)
 
     def call(self, first: torch.Tensor, second: torch.Tensor, *bias: torch.Tensor | None) -> torch.Tensor:
         """What the operators mean: linear(x, weight, bias) and add_delta(y, x)."""
-        x, y = (first, F.linear(first, second, *bias)) if bias else (second, first.clone())
-        if self.state.tiles is not None:
-            if self.state.touched >> self.index & 1:
-                self._add_tiles(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self.shape)
+        if self.state.tiles is None:
+            return self._add_deltas(F.linear(first, second, *bias), first) if bias else self._add_deltas(first.clone(), second)
+        if not self.state.touched >> self.index & 1:
+            return F.linear(first, second, *bias) if bias else first.clone()
+        if not bias:
+            y, x = first.clone(), second
+            self._deltas.around(x.reshape(-1, x.shape[-1]), self.shape, lambda: y.view(-1, y.shape[-1]), None)
             return y
-        return self._add_deltas(y, x)
+        x = first.reshape(-1, first.shape[-1])  # [rows, in]
+
+        def accumulate(y: torch.Tensor) -> None:
+            torch.addmm(y, x, second.T, out=y)
+            if bias[0] is not None:
+                y += bias[0]
+
+        y = self._deltas.around(x, self.shape, lambda: F.linear(x, second, *bias), accumulate)
+        return y.view(*first.shape[:-1], -1)
+
+    def call_apart(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the operator linear_apart means: the product and, beside it, its rows' deltas."""
+        flat_x = x.reshape(-1, x.shape[-1])
+        both = self._deltas.apart(flat_x, self.shape, lambda: F.linear(flat_x, weight, bias))
+        return tuple(y.view(*x.shape[:-1], -1) for y in both)
 
     def _add_deltas(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         segments = self.segments()

@@ -20,7 +20,7 @@ from tests.server.engine.test_core import (  # noqa: F401 - collected here again
 )
 from tests.server.engine.tiny_models import make_engine, make_model
 
-pytest.importorskip("triton")
+grouped_kernels = pytest.importorskip("server.kernels.grouped_kernels", reason="Triton is not installed", exc_type=ImportError)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 
 
@@ -103,11 +103,37 @@ def test_compiled_layers_are_alike_and_never_compiled_again(folders, tmp_path): 
 
 def test_the_kernels_of_every_kind_of_step_are_compiled_before_the_first(monkeypatch):
     core, base = engine(max_batch_tokens=2048)
-    launched = []
-    monkeypatch.setattr(
-        core.runner.tiling, "_apply", lambda y, x, arena, shape, tiles, scratch, choice: launched.append((shape[:2], choice))
-    )
+    launched = set()
+    for name in ("shrink", "expand", "write"):
+        monkeypatch.setattr(grouped_kernels, name, lambda *arguments, name=name: launched.add((name, arguments[2][:2], arguments[-1])))
     core.runner.tiling.warm_up(base.group_shapes)
     for num_rows in (1, 2, 8, 9, 64, 300, 512, 513, 2048):
         for shape in base.group_shapes:
-            assert (shape[:2], choose(core.runner.tiling.card, num_rows, shape)) in launched
+            choice = choose(core.runner.tiling.card, num_rows, shape, base.dtype.itemsize)
+            assert {(name, shape[:2], choice) for name in ("shrink", "expand", "write")} <= launched
+
+
+def test_deltas_beside_the_products_are_the_same_answers(folders, tmp_path):  # noqa: F811 - the fixture
+    """As captured steps compute them: products and deltas apart, the sum where it is read."""
+    said = []
+    for apart in (False, True):
+        core, base = engine()
+        refs = [
+            None,
+            pack(folders / "one", base.layout, tmp_path / f"{apart}1"),
+            pack(folders / "two", base.layout, tmp_path / f"{apart}2"),
+        ]
+        decode, called = base.decode, []
+
+        def decode_apart(*arguments, base=base, decode=decode, called=called, apart=apart):
+            base.state.apart = apart and base.state.tiles is not None and not base.state.has_gains
+            called.append(base.state.apart)
+            return decode(*arguments)
+
+        base.decode = decode_apart
+        for i in range(6):
+            core.add(EngineRequest(str(i), prompt(i, 3 + 4 * i), SamplingParams(max_new_tokens=5), refs[i % 3]))
+        outputs = run_until_idle(core)
+        assert any(called) == apart and [o.error for o in outputs if o.error] == []
+        said.append(sorted((o.request_id, o.token_ids) for o in outputs))
+    assert said[0] == said[1]

@@ -7,6 +7,7 @@ import torch
 from server.kernels.grouped import (
     DESC_WIDTH,
     NONE,
+    ZERO,
     GroupShape,
     SiteEntry,
     apply_group_reference,
@@ -54,12 +55,29 @@ def check(shape, adapters, adapter_of_row, dtype, choice, *, spare_tiles=3, spar
     plain = before[:, 8 : 8 + n].clone()
     apply_group_reference(plain, x, arena, shape, tiles)
     scratch = new_scratch(choice.split_k, tiles.row_ids.numel(), DEVICE, RANK_CAP).fill_(torch.nan)
+    check_write(shape, adapters, adapter_of_row, x, arena, bases, choice)
     grouped_kernels.apply_group(room[:, 8 : 8 + n], x, arena, shape, tiles, scratch, choice)
     for result in (plain, room[:, 8 : 8 + n]):
         error = (result.double() - right).abs().max() / right.abs().max().clamp(min=1)
         assert error < TOLERANCE[dtype], f"relative error {error:.1e}"
         assert torch.equal(result[on_base], before[:, 8 : 8 + n][on_base])
     assert room[:, :8].isnan().all() and room[:, 8 + n :].isnan().all()
+
+
+def check_write(shape, adapters, adapter_of_row, x, arena, bases, choice):
+    """The deltas by themselves, in every row and column whatever was there: nought for the base's rows and where there is no delta."""
+    of_row = np.array([ZERO if a < 0 else bases[a] for a in adapter_of_row], np.int64)
+    tiles = buffers(make_tiles(of_row, choice.block_m), choice.block_m, spare_tiles=2, spare_rows=3)
+    assert sorted(tiles.row_ids[: len(x)].tolist()) == list(range(len(x)))
+    room = torch.full((len(x), shape.out_features + 24), torch.nan, device=DEVICE).to(x.dtype)
+    deltas, gainless = room[:, 8 : 8 + shape.out_features], [[[s._replace(gain=None) for s in g] for g in a] for a in adapters]
+    right = expected(torch.zeros_like(deltas), x, adapter_of_row, gainless, shape)
+    scratch = new_scratch(choice.split_k, tiles.row_ids.numel(), DEVICE, RANK_CAP).fill_(torch.nan)
+    grouped_kernels.shrink(x, arena, shape, tiles, scratch, choice)
+    grouped_kernels.write(deltas, arena, shape, tiles, scratch, choice)
+    assert (deltas.double() - right).abs().max() / right.abs().max().clamp(min=1) < TOLERANCE[x.dtype]
+    assert not deltas[torch.tensor(adapter_of_row, device=DEVICE) == -1].any()
+    assert room[:, :8].isnan().all() and room[:, 8 + shape.out_features :].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -116,14 +134,14 @@ def test_sizes_that_are_no_multiples_of_anything(in_features, outs):
 
 
 @pytest.mark.parametrize("capability, num_sms", [((9, 0), 132), ((8, 9), 58), ((8, 0), 108)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("num_rows", [1, 20, 600])
-def test_the_choices_of_every_card(capability, num_sms, num_rows):
+def test_the_choices_of_every_card(capability, num_sms, num_rows, dtype):
     torch.manual_seed(0)
     card = card_of(capability, num_sms)
     size = 8 if ON_CARD else 1
     shape = shape_of(256 * size, [64 * size, 32 * size, 32 * size])
-    dtype = torch.bfloat16
-    choice = choose(card, num_rows, shape)
+    choice = choose(card, num_rows, shape, dtype.itemsize)
     choice = choice._replace(pdl=choice.pdl and ON_CARD and torch.cuda.get_device_capability() >= (9, 0))
     assert choice.split_k <= max_split_k(card, num_rows)
     adapters = [[[site(rank, 256 * size, stop - start, dtype) for start, stop in shape.columns]] for rank in (4, 33)]
