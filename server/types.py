@@ -50,13 +50,17 @@ class AdapterRef(msgspec.Struct, frozen=True):
 
 
 class EngineRequest(msgspec.Struct, frozen=True):
-    """One sequence to generate. `cache_salt` parts tenants' prefix caches; empty shares them."""
+    """One sequence to generate. `cache_salt` parts tenants' prefix caches; empty shares them.
+
+    `tenant`: whose it is, for fairness; never shown to other tenants. `weight`: the tenant's share."""
 
     request_id: str
     token_ids: list[int]
     params: SamplingParams
     adapter: AdapterRef | None = None
     cache_salt: str = ""
+    tenant: str = ""
+    weight: float = 1.0
 
 
 class Logprob(msgspec.Struct, frozen=True, array_like=True):
@@ -80,6 +84,7 @@ class SequenceOutput(msgspec.Struct, omit_defaults=True):
     error: str | None = None  # with finish_reason "error": a message for the caller
     error_kind: str | None = None  # class name in server.errors
     error_param: str | None = None  # the request's field that is at fault, where there is one
+    retry_after_s: float | None = None  # when trying again may help
     num_cached_tokens: int = 0  # prompt tokens read from the prefix cache (with the first token)
     queued_s: float = 0.0  # from arrival in the engine to its first step (with the first token)
 
@@ -199,6 +204,8 @@ class EngineOptions(msgspec.Struct, frozen=True):
     kv_cache_bytes: int | None = None  # at most one of num_blocks and kv_cache_bytes is set
     max_batch_tokens: int = 2048  # tokens a step, prefill chunks and decode rows together
     max_batch_size: int = 64  # sequences a step
+    max_batch_adapters: int | None = None  # adapters a step; None: as many as there is room for
+    max_queue_s: float | None = None  # that a sequence may wait for its first step; None: for ever
     max_sequence_len: int = 4096  # prompt and output, tokens
     prefix_caching: bool = True
     adapter_device_bytes: int | None = None

@@ -37,6 +37,8 @@ TORCH_FREE = [
     "host",
     "engine.sequence",
     "engine.scheduler",
+    "engine.fairness",
+    "engine.waits",
     "engine.grammar_queue",
     "engine.grammar_trial",
 ]

@@ -156,6 +156,8 @@ def engine_options(settings: Settings, model: ServedModel) -> EngineOptions:
         kv_cache_bytes=_int(settings.kv_cache_bytes),
         max_batch_tokens=settings.max_batch_prefill_tokens,
         max_batch_size=settings.max_batch_size,
+        max_batch_adapters=settings.max_batch_adapters,
+        max_queue_s=settings.max_queue_s,
         max_sequence_len=settings.max_total_tokens,
         prefix_caching=settings.prefix_caching,
         adapter_device_bytes=_int(settings.adapter_device_bytes),

@@ -14,5 +14,6 @@ def unless_failed(output: SequenceOutput | ServerError) -> SequenceOutput:
     if output.finish_reason == "error":
         kind = getattr(server.errors, output.error_kind or "", GenerationFailed)
         known = isinstance(kind, type) and issubclass(kind, ServerError)
-        raise (kind if known else GenerationFailed)(output.error or "unknown error", param=output.error_param)
+        again = {} if output.retry_after_s is None else {"retry_after_s": output.retry_after_s}
+        raise (kind if known else GenerationFailed)(output.error or "unknown error", param=output.error_param, **again)
     return output

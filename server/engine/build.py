@@ -100,6 +100,8 @@ def assemble(
         tiers,
         max_batch_tokens=options.max_batch_tokens,
         max_batch_size=options.max_batch_size,
+        max_batch_adapters=options.max_batch_adapters,
+        max_queue_s=options.max_queue_s,
         max_sequence_len=options.max_sequence_len,
         vocab_size=lambda adapter_hash: tiers.on_device(adapter_hash).vocab_size if adapter_hash else base.layout.vocab_size,
         prefix_caching=options.prefix_caching,

@@ -1,14 +1,13 @@
 """A sequence's share of a step."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from server.engine.sequence import Sequence
 
 MAX_LOGPROBS_CHUNK = 256  # tokens
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A sequence's share of a step: its next `num_tokens` tokens. `samples`: its last token is among them, so a new one is drawn."""
 
     sequence: Sequence

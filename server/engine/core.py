@@ -16,7 +16,7 @@ from server.engine.runner import Launch, Runner
 from server.engine.sampler import Sampled
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
-from server.errors import GenerationFailed
+from server.errors import GenerationFailed, Overloaded
 from server.ipc.messages import EngineStats
 from server.memory.blocks import BlockPool
 from server.memory.tiers import AdapterTiers
@@ -48,6 +48,8 @@ class EngineCore:
                     self.tiers.prefetch(request.adapter)
         except ValueError as error:
             self._outputs.append(failure(request.request_id, GenerationFailed(str(error))))
+        except Overloaded as error:
+            self._outputs.append(failure(request.request_id, error))
         except KeyError:  # an answer would end the other request of that id
             log.error("request id %s is in use; the second request of that id is dropped", request.request_id)
 
@@ -60,6 +62,8 @@ class EngineCore:
             self.scheduler.add(request, outcome)
         except ValueError as error:
             self._outputs.append(failure(request.request_id, GenerationFailed(str(error))))
+        except Overloaded as error:
+            self._outputs.append(failure(request.request_id, error))
 
     def abort(self, request_id: str) -> None:
         """End a request now; unknown ids are ignored."""

@@ -14,8 +14,9 @@ def is_fatal(error: Exception) -> bool:
 def failure(request_id: str, error: Exception) -> SequenceOutput:
     """The last output of a request that ends with `error`; what is no ServerError is not told beyond its class."""
     if isinstance(error, ServerError):
-        kind, param = type(error).__name__, error.param
-        return SequenceOutput(request_id, finish_reason="error", error=error.message, error_kind=kind, error_param=param)
+        output = SequenceOutput(request_id, finish_reason="error", error=error.message, error_kind=type(error).__name__)
+        output.error_param, output.retry_after_s = error.param, error.retry_after_s
+        return output
     said = f"the adapter could not be loaded ({type(error).__name__})"
     return SequenceOutput(request_id, finish_reason="error", error=said, error_kind="GenerationFailed")
 

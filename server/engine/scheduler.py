@@ -1,20 +1,23 @@
 """Which sequences get how many tokens in the next step. Host bookkeeping alone: no torch, no sockets, no clock but for waiting times.
 
 One budget of tokens a step holds decode rows and prefill chunks together (vLLM v1's `{request: tokens}`). Decode rows come first, so a long
-prompt never delays them. Two resources are admitted together: KV blocks, over-committed and won back by preempting the youngest, which
-is computed again later; and adapters, pinned on the device while a sequence runs.
+prompt never delays them. Who starts next is the waiting queue's to say (engine.fairness). Two resources are admitted together: KV blocks,
+over-committed and won back by preempting the youngest, which is computed again later; and adapters, pinned on the device while a sequence
+runs. The youngest is who started last: with another order a tenant that is next by right would be the first to be preempted.
 """
 
-import heapq
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from server.engine.chunk import Chunk, longest_chunk
 from server.engine.failures import cannot_be_pinned
+from server.engine.fairness import FairQueue
 from server.engine.grammar import Matcher
-from server.engine.sequence import Sequence
+from server.engine.sequence import Sequence, check_request
+from server.engine.start import Start, Starts
+from server.engine.waiting import WaitingQueue
+from server.engine.waits import Waits
 from server.errors import GenerationFailed
 from server.memory.blocks import BlockPool
 from server.memory.tiers import AdapterTiers
@@ -25,22 +28,9 @@ log = logging.getLogger(__name__)
 NOT_HERE = ("absent", "loading", "copying")  # states of an adapter whose arrival the tiers will tell
 
 
-@dataclass(frozen=True, slots=True)
-class _Start:
-    """What a sequence's first chunk would take."""
-
-    reuse: list[int]
-    num_tokens: int
-    num_blocks: int
-
-
 class Scheduler:
     """Queued and running sequences. A step is `schedule`, `advance` for each chunk once it is launched, and `publish` once its tokens are
     known, which may be after the next `schedule`; `add` and `remove` may come between."""
-
-    # A sequence whose adapter finds no room on the device may be overtaken for so long; then no other adapter's sequence passes it.
-    MAX_OVERTAKEN_S = 2.0
-    MAX_LOOKED_PAST = 64  # waiting sequences that one step passes over, so that its cost does not grow with the queue
 
     def __init__(
         self,
@@ -50,25 +40,35 @@ class Scheduler:
         max_batch_tokens: int,
         max_batch_size: int,
         max_sequence_len: int | None = None,
+        max_batch_adapters: int | None = None,
+        max_queue_s: float | None = None,
         prefix_caching: bool = True,
         base_revision: str = "",
         vocab_size: Callable[[str], int] | None = None,
         shares_memory: bool = False,
+        queue: WaitingQueue | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`vocab_size(adapter hash, or "" for the base)`: how many ids its rows may hold; adapters' are asked when pinned.
-        `shares_memory`: adapters lie in the pool's blocks, so that an idle one can make room for tokens."""
+        `shares_memory`: adapters lie in the pool's blocks, so that an idle one can make room for tokens.
+        `max_batch_adapters`: how many adapters run at once at most, whatever there is room for. `max_queue_s`: how long a sequence may
+        wait for its first step. `queue`: a FairQueue if None."""
         self.pool, self.tiers = pool, tiers
         self.max_batch_tokens, self.max_batch_size = max_batch_tokens, max_batch_size
         capacity = pool.num_blocks * pool.block_size
         self.max_sequence_len = min(max_sequence_len or capacity, capacity)
+        self.max_batch_adapters = max_batch_adapters
         self.prefix_caching, self.base_revision = prefix_caching, base_revision
-        self._vocab_size, self._shares_memory = vocab_size, shares_memory
+        self._vocab_size, self._shares_memory, self._clock = vocab_size, shares_memory, clock
+        self._starts = Starts(pool, tiers, prefix_caching=prefix_caching, shares_memory=shares_memory)
+        self.queue = FairQueue() if queue is None else queue
+        self._waits = Waits(max_queue_s)
         self.running: list[Sequence] = []
-        self._waiting: list[tuple[int, Sequence]] = []  # a heap by order of arrival; removed sequences are skipped when they come up
+        self._running_adapters: dict[str, int] = {}  # adapter -> sequences that run with it; in the order in which adapters began to
         self._parked: dict[str, list[Sequence]] = {}  # adapter -> sequences that wait for it to be read
         self._sequences: dict[str, Sequence] = {}
         self._failed: list[tuple[Sequence, Exception]] = []
-        self._next_order = 0
+        self._next_order = self._next_start = 0
         self.num_preemptions = 0
         self.num_cached_tokens = 0
 
@@ -80,9 +80,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether `schedule` may have something to return."""
-        while self._waiting and not self.holds(self._waiting[0][1]):
-            heapq.heappop(self._waiting)
-        return bool(self.running or self._waiting or self._failed)
+        return bool(self.running or self.queue.num_queued or self._failed) or self._waits.is_over(self._clock())
 
     @property
     def sequences(self) -> Mapping[str, Sequence]:
@@ -90,19 +88,18 @@ class Scheduler:
         return self._sequences
 
     def add(self, request: EngineRequest, matcher: Matcher | None = None) -> None:
-        """Queue a request and start to bring its adapter. ValueError if it could never run; KeyError if its id is in use."""
+        """Queue a request and start to bring its adapter. ValueError if it could never run; KeyError if its id is in use; Overloaded if
+        it would wait for longer than it may."""
         if request.request_id in self._sequences:
             raise KeyError(request.request_id)
-        needed = len(request.token_ids) + request.params.max_new_tokens
-        if not request.token_ids or request.params.max_new_tokens < 1:
-            raise ValueError("a request has at least one token, and asks for at least one")
-        if needed > self.max_sequence_len:
-            raise ValueError(f"{needed} tokens do not fit; a sequence has at most {self.max_sequence_len}")
-        if min(request.token_ids) < 0 or max(request.token_ids) >= 1 << 31:
-            raise ValueError("token ids are whole numbers from 0")
+        check_request(request, self.max_sequence_len)
         if request.adapter is None:
             self._check_vocabulary(request, "")
-        sequence = Sequence(request, self._next_order, self.base_revision, matcher)
+        sequence = Sequence(request, self._next_order, self.base_revision, matcher, self._clock())
+        sequence.work = self._waits.work(sequence)
+        self._waits.check(self.queue.work_before(sequence))
+        self.queue.join(sequence)
+        self._waits.watch(sequence)
         self._next_order += 1
         self._sequences[request.request_id] = sequence
         if request.adapter is not None:
@@ -114,6 +111,8 @@ class Scheduler:
         sequence = self._sequences.pop(request_id, None)
         if sequence is None:
             return None
+        self.queue.leave(sequence)
+        self._waits.ended(sequence)
         if sequence in self.running:
             self._stop_running(sequence)
         parked = self._parked.get(sequence.adapter_hash)
@@ -126,33 +125,47 @@ class Scheduler:
         return sequence
 
     def collect_failed(self) -> list[tuple[Sequence, Exception]]:
-        """Let those run whose adapter has arrived; returns the sequences whose adapter cannot be had, removed, with the reason."""
+        """Let those run whose adapter has arrived; returns the sequences whose adapter cannot be had, or who have waited for too long,
+        removed, with the reason."""
         arrived, failed = self.tiers.poll()
         for adapter_hash in arrived:
             for sequence in self._parked.pop(adapter_hash, ()):
-                heapq.heappush(self._waiting, (sequence.order, sequence))
+                self.queue.push(sequence)
         for adapter_hash, error in failed:
             for sequence in list(self._parked.get(adapter_hash, ())):
                 self._fail(sequence, error)
+        for sequence in self._waits.expired(self._clock()):
+            if sequence.started_at is None and self.holds(sequence):
+                self._fail(sequence, self._waits.over(self.queue.work_before(sequence)))
         found, self._failed = self._failed, []
         return found
 
     def schedule(self) -> list[Chunk]:
         """The next step: at most one chunk a sequence, `max_batch_tokens` in all. Empty if nothing can run now."""
         chunks: list[Chunk] = []
-        scheduled: set[Sequence] = set()
-        budget = self.max_batch_tokens
-        num_preemptions = self.num_preemptions
-        for decoding in (True, False):
-            for sequence in [s for s in self.running if (s.num_pending == 1) == decoding and not s.is_ending]:
-                num_tokens = min(longest_chunk(sequence), budget)
-                # One that was preempted for another of this step holds no blocks any more, and waits.
-                if num_tokens > 0 and sequence.blocks and self._grow(sequence, num_tokens, scheduled):
-                    chunks.append(Chunk(sequence, num_tokens, num_tokens == sequence.num_pending))
-                    scheduled.add(sequence)
-                    budget -= num_tokens
+        budget, num_preemptions = self.max_batch_tokens, self.num_preemptions
+        prompts: list[Sequence] = []
+        for sequence in list(self.running):
+            num_tokens = len(sequence.tokens)
+            if num_tokens >= sequence.max_len:  # it ends with what was launched
+                continue
+            if num_tokens - sequence.num_computed > 1:
+                prompts.append(sequence)
+            elif budget > 0 and (num_tokens <= sequence.num_places or (sequence.blocks and self._grow(sequence, 1, chunks))):
+                chunks.append(Chunk(sequence, 1, True))
+                budget -= 1
+        for sequence in prompts:
+            num_tokens = min(longest_chunk(sequence), budget)
+            # One that was preempted for another of this step holds no blocks any more, and waits.
+            if num_tokens > 0 and sequence.blocks and self._grow(sequence, num_tokens, chunks):
+                chunks.append(Chunk(sequence, num_tokens, num_tokens == sequence.num_pending))
+                budget -= num_tokens
+        self.queue.charge(chunks)
+        num_rows = len(chunks)
         if self.num_preemptions == num_preemptions:
             self._admit(chunks, budget)
+        started = sum(chunk.sequence.work for chunk in chunks[num_rows:])
+        self._waits.note_step(self._clock(), started, somebody_waits=self.queue.num_queued > 0)
         return chunks
 
     def advance(self, chunk: Chunk) -> None:
@@ -182,19 +195,20 @@ class Scheduler:
         if sequence.adapter_hash and self.tiers.state(sequence.adapter_hash) in NOT_HERE:
             self._parked.setdefault(sequence.adapter_hash, []).append(sequence)
         else:
-            heapq.heappush(self._waiting, (sequence.order, sequence))
+            self.queue.push(sequence)
 
-    def _grow(self, sequence: Sequence, num_tokens: int, scheduled: set[Sequence]) -> bool:
+    def _grow(self, sequence: Sequence, num_tokens: int, chunks: list[Chunk]) -> bool:
         """Blocks for the sequence's next tokens; preempts the youngest sequences that are not in this step, itself at the last."""
         missing = -(-(sequence.num_computed + num_tokens) // self.pool.block_size) - len(sequence.blocks)
         while missing > 0:
             blocks = self.pool.allocate(missing)
             if blocks is not None:
-                sequence.blocks += blocks
+                sequence.hold(sequence.blocks + blocks, self.pool.block_size)
                 return True
             if self._shares_memory and self.tiers.yield_room():
                 continue
-            victim = max((s for s in self.running if s not in scheduled), key=lambda s: s.order)
+            scheduled = {chunk.sequence for chunk in chunks}
+            victim = max((s for s in self.running if s not in scheduled), key=lambda s: s.start_order)
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -209,30 +223,18 @@ class Scheduler:
     def _stop_running(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self.pool.release(sequence.blocks)
-        sequence.blocks, sequence.table = [], None
+        sequence.hold([], self.pool.block_size)
         self._release(sequence)
 
-    def _release(self, sequence: Sequence) -> None:
-        if sequence.adapter_hash:
-            self.tiers.release(sequence.adapter_hash)
-
     def _admit(self, chunks: list[Chunk], budget: int) -> None:
-        """Start waiting sequences in order of arrival. One whose adapter finds no room is passed by others, but not for ever."""
-        passed: list[tuple[int, Sequence]] = []
-        no_more_adapters = False
+        """Start waiting sequences, those first whose turn it is. While one finds no blocks nobody else starts; room for adapters is the
+        queue's to divide."""
+        self.queue.begin(self._running_adapters, self._clock())
         num_rows = sum(not sequence.is_ending for sequence in self.running)
-        while self._waiting and budget > 0 and num_rows < self.max_batch_size and len(passed) < self.MAX_LOOKED_PAST:
-            item = heapq.heappop(self._waiting)
-            sequence = item[1]
-            if not self.holds(sequence):
-                continue
-            if sequence.num_unknown or (sequence.adapter_hash and no_more_adapters):
-                passed.append(item)
-                continue
+        while budget > 0 and num_rows < self.max_batch_size and (sequence := self.queue.first()) is not None:
             start = self._find_start(sequence, budget)
-            if start is None:  # no blocks: nobody younger may take what the oldest waits for
-                passed.append(item)
-                break
+            if start is None:
+                return
             try:
                 has_adapter = not sequence.adapter_hash or self._acquire(sequence)
             except Exception as error:
@@ -242,59 +244,57 @@ class Scheduler:
             # The adapter may have taken blocks that `start` counts on.
             if has_adapter and self._shares_memory and (start := self._find_start(sequence, budget)) is None:
                 self._release(sequence)
-                passed.append(item)
-                break
+                return
             if has_adapter:
-                self._start(sequence, start)
-                chunks.append(Chunk(sequence, start.num_tokens, start.num_tokens == sequence.num_pending))
+                chunks.append(self._start(sequence, start))
                 budget -= start.num_tokens
                 num_rows += 1
             elif self.tiers.state(sequence.adapter_hash) in NOT_HERE:  # it left while the sequence was out, or is just on its way
+                self.queue.take(sequence)
                 self._parked.setdefault(sequence.adapter_hash, []).append(sequence)
-            else:
-                passed.append(item)
-                sequence.refused_at = sequence.refused_at or time.monotonic()
-                no_more_adapters = time.monotonic() - sequence.refused_at > self.MAX_OVERTAKEN_S
-        for item in passed:
-            heapq.heappush(self._waiting, item)
+            elif self.queue.refuse(sequence) and self._shares_memory and self.tiers.is_within_budget(sequence.adapter_hash):
+                return  # it is blocks that the adapter lacks: nobody may take them for ever
+
+    def _find_start(self, sequence: Sequence, budget: int) -> Start | None:
+        # Room for the next token of those who run, so that the newcomer does not push them out at once.
+        return self._starts.find(sequence, budget, reserve=len(self.running))
 
     def _acquire(self, sequence: Sequence) -> bool:
         """Pin the sequence's adapter. GenerationFailed if its tokens are not the adapter's."""
-        if not self.tiers.acquire(sequence.adapter_hash):
+        adapter_hash, running = sequence.adapter_hash, self._running_adapters
+        if adapter_hash not in running and self.max_batch_adapters is not None and len(running) >= self.max_batch_adapters:
             return False
+        if not self.tiers.acquire(adapter_hash):
+            return False
+        running[adapter_hash] = running.get(adapter_hash, 0) + 1
         try:
-            self._check_vocabulary(sequence.request, sequence.adapter_hash)
+            self._check_vocabulary(sequence.request, adapter_hash)
         except ValueError as error:
             self._release(sequence)
             raise GenerationFailed(str(error)) from None
         return True
 
-    def _find_start(self, sequence: Sequence, budget: int) -> _Start | None:
-        """What the sequence's first chunk takes; None if there is no room."""
-        size = self.pool.block_size
-        reuse: list[int] = []
-        if self.prefix_caching and sequence.prompt_logprobs is None:
-            # The last token is always computed: its logits are what the step is for.
-            reuse = self.pool.match(sequence.block_hashes((len(sequence.tokens) - 1) // size, size))
-        num_computed = len(reuse) * size
-        num_tokens = min(len(sequence.tokens) - num_computed, longest_chunk(sequence), budget)
-        num_blocks = -(-(num_computed + num_tokens) // size) - len(reuse)
-        # Room for the next token of those who run, so that the newcomer does not push them out at once.
-        reserve = len(self.running)
-        while not self.pool.can_allocate(num_blocks + reserve, reuse):
-            if not (self._shares_memory and self.tiers.yield_room(keep=sequence.adapter_hash)):
-                return None
-        return _Start(reuse, num_tokens, num_blocks)
+    def _release(self, sequence: Sequence) -> None:
+        if adapter_hash := sequence.adapter_hash:
+            self.tiers.release(adapter_hash)
+            self._running_adapters[adapter_hash] -= 1
+            if not self._running_adapters[adapter_hash]:
+                del self._running_adapters[adapter_hash]
 
-    def _start(self, sequence: Sequence, start: _Start) -> None:
+    def _start(self, sequence: Sequence, start: Start) -> Chunk:
         blocks = self.pool.allocate(start.num_blocks, start.reuse)
-        assert blocks is not None, "_find_start said that there is room"
-        sequence.blocks = blocks
+        assert blocks is not None, "a start says that there is room"
+        self.queue.start(sequence)
+        sequence.hold(blocks, self.pool.block_size)
         sequence.num_published = len(start.reuse)
         sequence.num_computed = len(start.reuse) * self.pool.block_size
-        sequence.refused_at = None
-        if sequence.started_at is None:
-            sequence.started_at = time.monotonic()
-            sequence.num_cached = sequence.num_computed
+        if sequence.start_order is None:
+            sequence.start_order = self._next_start
+            self._next_start += 1
+            sequence.started_at = self._clock()
+            sequence.num_cached = sequence.num_charged = sequence.num_computed
             self.num_cached_tokens += sequence.num_computed
         self.running.append(sequence)
+        chunk = Chunk(sequence, start.num_tokens, start.num_tokens == sequence.num_pending)
+        self.queue.charge((chunk,))
+        return chunk

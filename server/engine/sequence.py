@@ -1,6 +1,5 @@
 """A request as the engine sees it: tokens, how far they are computed, which blocks hold them. No torch, no policy."""
 
-import time
 from collections import Counter
 from typing import Any
 
@@ -19,40 +18,53 @@ class Sequence:
         "arrived_at",
         "blocks",
         "hashes",
+        "is_queued",
+        "line",
         "matcher",
+        "max_len",
         "needs_host",
         "num_cached",
+        "num_charged",
         "num_computed",
+        "num_places",
         "num_published",
         "num_unknown",
         "order",
         "output_counts",
         "prompt_len",
         "prompt_logprobs",
-        "refused_at",
         "request",
         "seen",
+        "start_order",
         "started_at",
         "table",
         "tokens",
+        "work",
     )
 
-    def __init__(self, request: EngineRequest, order: int, base_revision: str, matcher: Matcher | None = None) -> None:
+    def __init__(self, request: EngineRequest, order: int, base_revision: str, matcher: Matcher | None = None, now: float = 0.0) -> None:
+        """`now`: monotonic seconds."""
         self.request = request
-        self.order = order  # of arrival; a preempted sequence keeps it
+        self.order = order  # of arrival
         self.adapter_hash = "" if request.adapter is None else request.adapter.hash
         self.tokens = list(request.token_ids)
         self.prompt_len = len(self.tokens)
+        self.max_len = self.prompt_len + request.params.max_new_tokens
         self.num_computed = 0  # tokens whose keys and values are in `blocks`
         self.num_cached = 0  # prompt tokens that the prefix cache gave at the first admission
         self.num_unknown = 0  # tokens at the end that are UNKNOWN yet
         self.blocks: list[int] = []
+        self.num_places = 0  # tokens that `blocks` hold
         self.table: Any = None  # the runner's copy of `blocks` as an array; None once they are others
         self.hashes = [root_hash(base_revision, self.adapter_hash, request.cache_salt)]  # root, then one a full block
         self.num_published = 0
-        self.arrived_at = time.monotonic()
+        self.arrived_at = now
         self.started_at: float | None = None
-        self.refused_at: float | None = None  # since when its adapter finds no room on the device
+        self.start_order: int | None = None  # of first starts; a preempted sequence keeps it
+        self.work = 0.0  # what it is likely to take, see engine.waits
+        self.is_queued = False  # in the waiting queue, whose bookkeeping the next two are
+        self.line: Any = None
+        self.num_charged = 0  # prompt tokens that its tenant was charged for, or had from the prefix cache
         params = request.params
         self.prompt_logprobs: list[Logprob | None] | None = None if params.num_prompt_logprobs < 0 else [None] * self.prompt_len
         self.matcher = matcher  # of a request with a grammar
@@ -74,7 +86,11 @@ class Sequence:
     @property
     def is_ending(self) -> bool:
         """Whether the last token that it may have is drawn or being drawn."""
-        return self.num_outputs >= self.request.params.max_new_tokens
+        return len(self.tokens) >= self.max_len
+
+    def hold(self, blocks: list[int], block_size: int) -> None:
+        """These are its blocks now."""
+        self.blocks, self.table, self.num_places = blocks, None, len(blocks) * block_size
 
     def expect(self) -> None:
         """A token is being drawn."""
@@ -105,6 +121,17 @@ class Sequence:
             start = (len(self.hashes) - 1) * block_size
             self.hashes.append(chain_hash(self.hashes[-1], self.tokens[start : start + block_size]))
         return self.hashes[1 : num_blocks + 1]
+
+
+def check_request(request: EngineRequest, max_sequence_len: int) -> None:
+    """ValueError if the request could never run."""
+    needed = len(request.token_ids) + request.params.max_new_tokens
+    if not request.token_ids or request.params.max_new_tokens < 1:
+        raise ValueError("a request has at least one token, and asks for at least one")
+    if needed > max_sequence_len:
+        raise ValueError(f"{needed} tokens do not fit; a sequence has at most {max_sequence_len}")
+    if min(request.token_ids) < 0 or max(request.token_ids) >= 1 << 31:
+        raise ValueError("token ids are whole numbers from 0")
 
 
 def _needs_host(params: SamplingParams) -> bool:

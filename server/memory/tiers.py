@@ -31,12 +31,13 @@ class AdapterTiers:
         device_bytes: int,
         on_event: Callable[[str, str, int, float, str | None], None] = lambda *_: None,
         num_readers: int = 2,
+        readers: type[Readers] = Readers,
     ) -> None:
         self._carrier, self._on_event = carrier, on_event
         self.host, self.device = Tier(host_bytes), Tier(device_bytes)
         self._entries: dict[str, Entry] = {}
         self._to_read: OrderedDict[str, None] = OrderedDict()  # in order of asking
-        self._readers = Readers(lambda ref: self._carrier.read(ref), num_readers)
+        self._readers = readers(lambda ref: self._carrier.read(ref), num_readers)
         self._copying: list[Entry] = []
         self.arrived = self._readers.arrived  # set when a read is done
 
@@ -149,6 +150,11 @@ class AdapterTiers:
         assert entry.num_pins >= 0, adapter_hash
         if entry.num_pins == 0:
             self.device.idle.offer(adapter_hash, self._worth(entry))
+
+    def is_within_budget(self, adapter_hash: str) -> bool:
+        """Whether an adapter that was refused room would have it if the carrier had a place for it."""
+        host = self._entries[adapter_hash].host
+        return host is not None and self.device.used_bytes + host.bytes <= self.device.max_bytes
 
     def on_device(self, adapter_hash: str) -> Any:
         """What `place` returned; only for a pinned adapter."""

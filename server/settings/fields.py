@@ -79,6 +79,13 @@ class Settings(BaseModel):
         ge=1,
         le=1 << 20,
     )
+    max_queue_s: float | None = _set(
+        None,
+        "Limits",
+        "Seconds that a request may wait for its first step; one that would wait longer is answered 429 at once. Auto: for ever.",
+        gt=0,
+        le=86_400,
+    )
     max_input_length: int | None = _set(None, "Limits", "Tokens of a prompt; auto: max-total-tokens - 1.", lorax="MAX_INPUT_LENGTH", ge=1)
     max_total_tokens: int | None = _set(
         None, "Limits", "Tokens of prompt and output; auto: the model's, at most 4096.", lorax="MAX_TOTAL_TOKENS", ge=2
@@ -92,6 +99,12 @@ class Settings(BaseModel):
         1024, "Engine", "Tokens of one step, prompt chunks and decoding together.", lorax="MAX_BATCH_PREFILL_TOKENS", ge=1, le=1 << 20
     )
     max_batch_size: int = _set(64, "Engine", "Sequences of one step.", ge=1, le=4096)
+    max_batch_adapters: int | None = _set(
+        None,
+        "Engine",
+        "Adapters of one step, which reads the weights of each (docs/fairness.md); auto: as many as there is room for.",
+        ge=1,
+    )
     block_size: int = _set(16, "Engine", "Tokens of a KV block.", ge=1, le=256)
     num_blocks: int | None = _set(None, "Engine", "KV blocks; auto: from the memory that is free.", ge=1)
     kv_cache_bytes: ByteSize | None = _set(None, "Engine", "Memory for KV blocks, in place of num-blocks.", gt=0)

@@ -117,7 +117,7 @@ VLLM: dict[str, Foreign] = {
     "enable-chunked-prefill": Foreign("prompts are always taken in chunks", asks_nothing=_ON),
     "enable-lora": Foreign("adapters are always served", asks_nothing=_ON),
     "lora-modules": Foreign("adapters are folders below it, and need no list", instead="adapters-dir"),
-    "max-loras": Foreign("as many as fit", instead="adapter-device-bytes"),
+    "max-loras": Foreign("as many as fit by default", instead="max-batch-adapters"),
     "max-lora-rank": Foreign("each adapter has its own rank; there is no padding to a maximum"),
     "max-cpu-loras": Foreign("given in bytes here", instead="adapter-host-bytes"),
     "fully-sharded-loras": Foreign(_ONE_GPU, asks_nothing=_OFF),
