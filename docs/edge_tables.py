@@ -1,5 +1,5 @@
-"""Tables of docs/endpoint.md and docs/scaling.md: the routes that the gateway maps, the ways to authenticate, the simulated days. `tables`
-fills them in."""
+"""Tables of docs/endpoint.md, docs/scaling.md and docs/fairness.md: the routes that the gateway maps, the simulated days and arrivals.
+`tables` fills them in."""
 
 import json
 from collections.abc import Callable
@@ -36,4 +36,26 @@ def scaling_days() -> str:
     return "\n".join(rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"gateway_routes": gateway_routes, "scaling_days": scaling_days}
+def fairness_orders() -> str:
+    """The newest saved run of `python -m benchmarks.fairness`."""
+    result = json.loads(max(RESULTS.glob("*-fairness.json")).read_text())
+    columns = ("jain", "coldest_wait_s", "longest_wait_s", "quiet_p99_s", "goodput")
+    rows = [
+        "| arrivals | order | Jain's index | coldest adapters' longest wait, s | longest wait of all, s "
+        "| p99 wait, the noisy tenant left out, s | goodput, tokens/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    traffic = {one["name"]: f"{one['name']}; load {one['load']:g}, room for {one['room']}" for one in result["traffic"]}
+    for row in result["rows"]:
+        figures = (f"{row[column]:.{3 if column == 'jain' else 0 if column == 'goodput' else 1}f}" for column in columns)
+        rows.append(f"| {' | '.join((traffic[row['traffic']], row['order'], *figures))} |")
+    num_rows, num_blocks = (result["machine"][name] for name in ("max_batch_size", "num_blocks"))
+    rows.append(f"\n{result['day']}, seed {result['seed']}, {num_rows} rows, {num_blocks} KV blocks of 16 tokens.")
+    return "\n".join(rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "gateway_routes": gateway_routes,
+    "scaling_days": scaling_days,
+    "fairness_orders": fairness_orders,
+}

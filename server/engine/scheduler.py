@@ -14,11 +14,11 @@ from server.engine.chunk import Chunk, longest_chunk
 from server.engine.failures import cannot_be_pinned
 from server.engine.fairness import FairQueue
 from server.engine.grammar import Matcher
+from server.engine.pins import Pins
 from server.engine.sequence import Sequence, check_request
 from server.engine.start import Start, Starts
 from server.engine.waiting import WaitingQueue
 from server.engine.waits import Waits
-from server.errors import GenerationFailed
 from server.memory.blocks import BlockPool
 from server.memory.tiers import AdapterTiers
 from server.types import EngineRequest
@@ -57,14 +57,13 @@ class Scheduler:
         self.max_batch_tokens, self.max_batch_size = max_batch_tokens, max_batch_size
         capacity = pool.num_blocks * pool.block_size
         self.max_sequence_len = min(max_sequence_len or capacity, capacity)
-        self.max_batch_adapters = max_batch_adapters
         self.prefix_caching, self.base_revision = prefix_caching, base_revision
-        self._vocab_size, self._shares_memory, self._clock = vocab_size, shares_memory, clock
+        self._shares_memory, self._clock = shares_memory, clock
         self._starts = Starts(pool, tiers, prefix_caching=prefix_caching, shares_memory=shares_memory)
         self.queue = FairQueue() if queue is None else queue
         self._waits = Waits(max_queue_s)
         self.running: list[Sequence] = []
-        self._running_adapters: dict[str, int] = {}  # adapter -> sequences that run with it; in the order in which adapters began to
+        self._pins = Pins(tiers, vocab_size, max_batch_adapters)
         self._parked: dict[str, list[Sequence]] = {}  # adapter -> sequences that wait for it to be read
         self._sequences: dict[str, Sequence] = {}
         self._failed: list[tuple[Sequence, Exception]] = []
@@ -94,7 +93,7 @@ class Scheduler:
             raise KeyError(request.request_id)
         check_request(request, self.max_sequence_len)
         if request.adapter is None:
-            self._check_vocabulary(request, "")
+            self._pins.check_vocabulary(request)
         sequence = Sequence(request, self._next_order, self.base_revision, matcher, self._clock())
         sequence.work = self._waits.work(sequence)
         self._waits.check(self.queue.work_before(sequence))
@@ -145,10 +144,12 @@ class Scheduler:
         chunks: list[Chunk] = []
         budget, num_preemptions = self.max_batch_tokens, self.num_preemptions
         prompts: list[Sequence] = []
+        num_rows = 0  # that go on
         for sequence in list(self.running):
             num_tokens = len(sequence.tokens)
             if num_tokens >= sequence.max_len:  # it ends with what was launched
                 continue
+            num_rows += 1
             if num_tokens - sequence.num_computed > 1:
                 prompts.append(sequence)
             elif budget > 0 and (num_tokens <= sequence.num_places or (sequence.blocks and self._grow(sequence, 1, chunks))):
@@ -161,10 +162,10 @@ class Scheduler:
                 chunks.append(Chunk(sequence, num_tokens, num_tokens == sequence.num_pending))
                 budget -= num_tokens
         self.queue.charge(chunks)
-        num_rows = len(chunks)
+        num_chunks = len(chunks)
         if self.num_preemptions == num_preemptions:
-            self._admit(chunks, budget)
-        started = sum(chunk.sequence.work for chunk in chunks[num_rows:])
+            self._admit(chunks, budget, num_rows)
+        started = sum(chunk.sequence.work for chunk in chunks[num_chunks:])
         self._waits.note_step(self._clock(), started, somebody_waits=self.queue.num_queued > 0)
         return chunks
 
@@ -182,10 +183,6 @@ class Scheduler:
     def holds(self, sequence: Sequence) -> bool:
         """Whether this very sequence is queued or running."""
         return self._sequences.get(sequence.request.request_id) is sequence
-
-    def _check_vocabulary(self, request: EngineRequest, adapter_hash: str) -> None:
-        if self._vocab_size is not None and max(request.token_ids) >= self._vocab_size(adapter_hash):
-            raise ValueError(f"token id {max(request.token_ids)} is not in the vocabulary of {self._vocab_size(adapter_hash)}")
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         self.remove(sequence.request.request_id)
@@ -224,26 +221,25 @@ class Scheduler:
         self.running.remove(sequence)
         self.pool.release(sequence.blocks)
         sequence.hold([], self.pool.block_size)
-        self._release(sequence)
+        self._pins.release(sequence)
 
-    def _admit(self, chunks: list[Chunk], budget: int) -> None:
+    def _admit(self, chunks: list[Chunk], budget: int, num_rows: int) -> None:
         """Start waiting sequences, those first whose turn it is. While one finds no blocks nobody else starts; room for adapters is the
         queue's to divide."""
-        self.queue.begin(self._running_adapters, self._clock())
-        num_rows = sum(not sequence.is_ending for sequence in self.running)
+        self.queue.begin(self._pins.running, self._clock())
         while budget > 0 and num_rows < self.max_batch_size and (sequence := self.queue.first()) is not None:
             start = self._find_start(sequence, budget)
             if start is None:
                 return
             try:
-                has_adapter = not sequence.adapter_hash or self._acquire(sequence)
+                has_adapter = self._pins.pin(sequence)
             except Exception as error:
                 log.warning("request %s: its adapter cannot be used (%s)", sequence.request.request_id, error)
                 self._fail(sequence, cannot_be_pinned(error))
                 continue
             # The adapter may have taken blocks that `start` counts on.
             if has_adapter and self._shares_memory and (start := self._find_start(sequence, budget)) is None:
-                self._release(sequence)
+                self._pins.release(sequence)
                 return
             if has_adapter:
                 chunks.append(self._start(sequence, start))
@@ -252,34 +248,12 @@ class Scheduler:
             elif self.tiers.state(sequence.adapter_hash) in NOT_HERE:  # it left while the sequence was out, or is just on its way
                 self.queue.take(sequence)
                 self._parked.setdefault(sequence.adapter_hash, []).append(sequence)
-            elif self.queue.refuse(sequence) and self._shares_memory and self.tiers.is_within_budget(sequence.adapter_hash):
-                return  # it is blocks that the adapter lacks: nobody may take them for ever
+            elif self.queue.refuse(sequence) and self._shares_memory and self._pins.lacks_blocks(sequence.adapter_hash):
+                return  # nobody may take them for ever
 
     def _find_start(self, sequence: Sequence, budget: int) -> Start | None:
         # Room for the next token of those who run, so that the newcomer does not push them out at once.
         return self._starts.find(sequence, budget, reserve=len(self.running))
-
-    def _acquire(self, sequence: Sequence) -> bool:
-        """Pin the sequence's adapter. GenerationFailed if its tokens are not the adapter's."""
-        adapter_hash, running = sequence.adapter_hash, self._running_adapters
-        if adapter_hash not in running and self.max_batch_adapters is not None and len(running) >= self.max_batch_adapters:
-            return False
-        if not self.tiers.acquire(adapter_hash):
-            return False
-        running[adapter_hash] = running.get(adapter_hash, 0) + 1
-        try:
-            self._check_vocabulary(sequence.request, adapter_hash)
-        except ValueError as error:
-            self._release(sequence)
-            raise GenerationFailed(str(error)) from None
-        return True
-
-    def _release(self, sequence: Sequence) -> None:
-        if adapter_hash := sequence.adapter_hash:
-            self.tiers.release(adapter_hash)
-            self._running_adapters[adapter_hash] -= 1
-            if not self._running_adapters[adapter_hash]:
-                del self._running_adapters[adapter_hash]
 
     def _start(self, sequence: Sequence, start: Start) -> Chunk:
         blocks = self.pool.allocate(start.num_blocks, start.reuse)

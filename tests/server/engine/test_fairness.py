@@ -202,6 +202,37 @@ def test_a_step_has_no_more_adapters_than_is_allowed():
         assert world.clock.now < 1100
 
 
+def test_the_bound_on_adapters_does_not_keep_the_base_from_starting_where_adapters_and_tokens_share_memory():
+    world = World(max_batch_adapters=1, device_bytes=1000, max_batch_size=4, shares_memory=True)
+    world.add("t", "hot", max_new=200, prompt_len=2)
+    world.step()
+    world.add("t", "cold")
+    for _ in range(250):  # 2.5 s
+        world.step()
+        base = world.add("t", None, max_new=1)
+        assert base in world.step()
+        if "cold" in {sequence.adapter_hash for sequence in world.started}:
+            break
+    assert world.scheduler.queue._refused_at or world.finished
+
+
+def test_an_adapter_that_lacks_blocks_is_not_kept_out_by_tokens_for_ever():
+    """Adapters lie among the blocks (an arena): the base's sequences never leave enough of them by themselves."""
+    world = World(device_bytes=1000, max_batch_size=8, num_blocks=40, shares_memory=True, prefix_caching=False)
+    world.tiers._carrier.place = lambda host: host if world.pool.num_used <= 4 else None
+    lengths = itertools.cycle(range(11, 31, 3))
+    for _ in range(40):
+        world.add("base", None, max_new=next(lengths))
+    for _ in range(20):
+        world.step()
+    cold, asked_at = world.add("t", "cold"), world.clock.now
+    while cold not in world.step():
+        world.add("base", None, max_new=next(lengths))
+        assert world.clock.now - asked_at < FairQueue.MAX_OVERTAKEN_S + 35 * world.step_s
+    assert world.clock.now - asked_at > FairQueue.MAX_OVERTAKEN_S
+    world.run()
+
+
 def test_who_is_gone_and_owes_nothing_is_forgotten():
     world = World(max_batch_size=8, num_blocks=400)
     for index in range(3000):
@@ -246,7 +277,7 @@ def check(world):
     held = sum(len(sequence.blocks) for sequence in scheduler.running)
     assert world.pool.num_used <= held <= world.pool.num_used + 8 * len(scheduler.running)
     running = {s.adapter_hash for s in scheduler.running} - {""}
-    assert set(scheduler._running_adapters) == running
+    assert set(scheduler._pins.running) == running
     assert sum(world.tiers._entries[a].num_pins for a in running) == sum(bool(s.adapter_hash) for s in scheduler.running)
     queued = [s for s in scheduler.sequences.values() if s not in scheduler.running]
     parked = {s for sequences in scheduler._parked.values() for s in sequences}
