@@ -6,9 +6,9 @@ from typing import Any
 
 from infra.config import KitConfig
 from infra.cost import BALANCER_USD, HOURS_A_MONTH, INTERFACE_ENDPOINT_USD, LUSTRE_USD, NAT_USD, VOLUME_USD, hourly_cost
-from infra.instances import INSTANCES
 from infra.sections import Section
 from infra.sections_service import ScheduleConfig
+from sizing.instances import INSTANCES
 
 ROOT = Path(__file__).parent.parent
 

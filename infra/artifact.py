@@ -1,6 +1,6 @@
 """ServerArtifact: the server's source as one asset, which instances and the image's recipe install.
 
-Owns what is in it: server/, ami/, the GPU's constraints, and the list of packages that the server needs. Names the archive by its
+Owns what is in it: server/, sizing/, ami/, the GPU's constraints, and the list of packages that the server needs. Names the archive by its
 content, so that an edit elsewhere in the repository changes no instance.
 """
 
@@ -16,7 +16,7 @@ from aws_cdk import aws_s3_assets as assets
 from constructs import Construct
 
 ROOT = Path(__file__).resolve().parent.parent
-_TREES, _FILES = ("server", "ami"), ("constraints-gpu.txt", "LICENSE")
+_TREES, _FILES = ("server", "sizing", "ami"), ("constraints-gpu.txt", "LICENSE")
 _SUFFIXES = {".py", ".sh", ".txt", ".toml", ".json", ".yml", ".service", ".conf", ".jinja"}
 REQUIREMENTS = "requirements.txt"
 EXTRAS = ("server", "tracing")  # of pyproject.toml

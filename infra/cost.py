@@ -7,7 +7,7 @@ gigabyte are not in it: they are named beside it. Knows no CDK: outputs, the das
 from dataclasses import dataclass
 
 from infra.config import KitConfig
-from infra.instances import PRICE_REGION, PRICES_OF
+from sizing.instances import PRICE_REGION, PRICES_OF
 
 HOURS_A_MONTH = 730
 NAT_USD = 0.045  # an hour; and 0.045 a GB that passes

@@ -10,9 +10,9 @@ from constructs import Construct
 
 from infra.config import KitConfig
 from infra.endpoint import Endpoint
-from infra.instances import PRICE_REGION, PRICES_OF
 from infra.load_balancer import LoadBalancer
 from infra.signals import LOAD_RATIO, balancer_metric, computed, gateway_metric, group_metric, server_metric
+from sizing.instances import PRICE_REGION, PRICES_OF
 
 _WIDTH, _HEIGHT = 8, 6  # three graphs a row
 

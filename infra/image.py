@@ -9,7 +9,7 @@ from aws_cdk import aws_ec2 as ec2
 from constructs import Construct
 
 from infra.config import KitConfig
-from infra.instances import ARCHITECTURE
+from sizing.instances import ARCHITECTURE
 
 # Lines of AWS's Deep Learning AMI on Ubuntu 24.04 (docs.aws.amazon.com/dlami); `latest` of a PyTorch line is the latest of that line alone.
 LINES = {"base": "base-oss-nvidia-driver-gpu-ubuntu-24.04", "pytorch": "oss-nvidia-driver-gpu-pytorch-2.12-ubuntu-24.04"}

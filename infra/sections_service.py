@@ -4,8 +4,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
-from infra.instances import INSTANCES, Instance
 from infra.sections import Arn, Section
+from sizing.instances import INSTANCES, Instance
 
 # Auto Scaling's, not EventBridge's with its six.
 FiveFields = Annotated[str, StringConstraints(pattern=r"^cron\(([0-9A-Za-z*,/-]+ ){4}[0-9A-Za-z*,/-]+\)$")]

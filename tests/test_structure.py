@@ -122,7 +122,7 @@ def test_only_the_entry_points_read_the_environment():
             assert path in allowed, f"{path.relative_to(ROOT)} reads the environment"
 
 
-@pytest.mark.parametrize("folder", ["server", "infra", "benchmarks", "examples"])
+@pytest.mark.parametrize("folder", ["server", "sizing", "infra", "benchmarks", "examples"])
 def test_files_and_functions_stay_short(folder):
     for path in sorted((ROOT / folder).rglob("*.py")):
         text = path.read_text()
@@ -134,7 +134,7 @@ def test_files_and_functions_stay_short(folder):
 
 
 def test_every_module_says_what_it_is():
-    for folder in ("server", "infra", "benchmarks", "examples"):
+    for folder in ("server", "sizing", "infra", "benchmarks", "examples"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             text = path.read_text()
             assert not text.strip() or ast.get_docstring(ast.parse(text)), f"{path.relative_to(ROOT)} has no docstring"
@@ -147,4 +147,15 @@ def test_the_deployment_stands_by_itself():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
             assert not {name.split(".")[0] for name in names} & {"server", "torch", "transformers", "benchmarks", "tests"}, path
+        assert "os.environ" not in path.read_text() and "os.getenv" not in path.read_text(), path
+
+
+def test_sizing_is_arithmetic_that_both_halves_import():
+    """Numbers and tables: the standard library alone, so that neither torch nor the CDK comes with it."""
+    for path in sorted((ROOT / "sizing").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for name in names:
+                assert name.split(".")[0] in sys.stdlib_module_names | {"sizing"}, f"{path.relative_to(ROOT)}:{node.lineno} imports {name}"
         assert "os.environ" not in path.read_text() and "os.getenv" not in path.read_text(), path

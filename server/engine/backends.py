@@ -15,13 +15,11 @@ from server.engine.tiling import Tiling
 from server.memory.arena import Arena
 from server.model.attention import PagedAttention
 from server.model.base import BaseModel
-from server.model.flashinfer import WORKSPACE_BYTES, FlashInferAttention, why_not, workspace_bytes
+from server.model.flashinfer import FlashInferAttention, why_not
 from server.types import EngineOptions
+from sizing import budget
 
 log = logging.getLogger(__name__)
-
-GRAPH_BYTES = 1 << 30  # what the captured steps of a 7B model take, and some room
-SPARE_BYTES = 768 << 20  # attention's workspaces, cuBLAS's, fragments
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,31 +67,21 @@ def choose_backends(base: BaseModel, options: EngineOptions) -> Backends:
 
 
 def divide(base: BaseModel, options: EngineOptions, backends: Backends) -> Memory:
-    """Bytes for KV blocks and adapters, on the device and the host."""
-    block_bytes = PagedAttention.num_bytes(base.attention_shapes, options.block_size, base.dtype)
-    block_bytes = -(-block_bytes // Arena.ALIGNMENT) * Arena.ALIGNMENT
+    """Bytes for KV blocks and adapters, on the device and the host, by sizing's arithmetic."""
+    item_bytes, layout = base.dtype.itemsize, base.layout
+    block_bytes = budget.block_bytes(PagedAttention.num_bytes(base.attention_shapes, 1, base.dtype), options.block_size)
     free = free_bytes(base.device)
     host_bytes = options.adapter_host_bytes or psutil.virtual_memory().available // 4
-    block_elements = block_bytes // base.dtype.itemsize
-    # What all sequences of a full batch could use at most.
-    useful = options.max_batch_size * -(-options.max_sequence_len // options.block_size)
     if backends.kernels == "torch":
-        blocks = _asked_blocks(options, block_bytes) or max(1, min(useful, free // 4 // block_bytes))
-        return Memory(blocks, block_elements, options.adapter_device_bytes or (free - blocks * block_bytes) // 3, host_bytes)
-    if base.device.type == "cuda":
-        free -= SPARE_BYTES + _activation_bytes(base, options)
-        free -= GRAPH_BYTES + _workspace_bytes(base, options) - WORKSPACE_BYTES if backends.cuda_graphs else 0
+        shares = budget.share_apart(free, block_bytes, options)
     else:
-        free //= 4
-    asked = _asked_blocks(options, block_bytes)
-    if asked is None:
-        # A sequence of the greatest length must fit beside whatever adapters there are, or it would wait for ever.
-        for_adapters = free - -(-options.max_sequence_len // options.block_size) * block_bytes
-        adapter_bytes = min(options.adapter_device_bytes or free // 2, for_adapters)
-        return Memory(max(1, free // block_bytes), block_elements, max(0, adapter_bytes), host_bytes)
-    # Both share the arena; so many blocks for tokens, and so many bytes for adapters beside them.
-    adapter_bytes = options.adapter_device_bytes or max(block_bytes, (free - asked * block_bytes) // 2)
-    return Memory(asked + -(-adapter_bytes // block_bytes), block_elements, adapter_bytes, host_bytes)
+        if base.device.type == "cuda":
+            widths = budget.Widths(max(shape.out_features for shape in base.group_shapes), layout.hidden_size, layout.vocab_size)
+            free -= budget.set_aside(widths, options, item_bytes, _workspace_bytes(base, options, backends), graphs=backends.cuda_graphs).total
+        else:
+            free //= 4
+        shares = budget.share_arena(free, block_bytes, options)
+    return Memory(shares.num_blocks, block_bytes // item_bytes, shares.adapter_bytes, host_bytes)
 
 
 def use_arena(base: BaseModel, options: EngineOptions, backends: Backends, memory: Memory) -> tuple[Arena, Tiling]:
@@ -106,7 +94,7 @@ def use_arena(base: BaseModel, options: EngineOptions, backends: Backends, memor
             offset += options.block_size * shape.num_kv_heads * dim
     if backends.attention == "flashinfer":
         max_pages = options.max_batch_size * (-(-options.max_sequence_len // options.block_size) + 1)  # of a decode step
-        workspace = _workspace_bytes(base, options) if backends.cuda_graphs else WORKSPACE_BYTES
+        workspace = _workspace_bytes(base, options, backends)
         base.attach_attention(FlashInferAttention(base.attention_shapes, keys, values, options.block_size, max_pages, workspace))
     else:
         base.attach_attention(PagedAttention(base.attention_shapes, keys, values))
@@ -124,23 +112,9 @@ def free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
 
 
-def _asked_blocks(options: EngineOptions, block_bytes: int) -> int | None:
-    if options.num_blocks is not None:
-        return options.num_blocks
-    return None if options.kv_cache_bytes is None else options.kv_cache_bytes // block_bytes
-
-
-def _workspace_bytes(base: BaseModel, options: EngineOptions) -> int:
-    """FlashInfer's workspace where steps are captured."""
+def _workspace_bytes(base: BaseModel, options: EngineOptions, backends: Backends) -> int:
+    """FlashInfer's workspace."""
+    if not backends.cuda_graphs:
+        return budget.WORKSPACE_BYTES
     num_sms = torch.cuda.get_device_properties(base.device).multi_processor_count
-    return workspace_bytes(base.attention_shapes, min(options.max_batch_tokens, MAX_MIXED_ROWS), options.max_batch_size, num_sms)
-
-
-def _activation_bytes(base: BaseModel, options: EngineOptions) -> int:
-    """What a step of `max_batch_tokens` needs beside weights and cache: the widest group's product and what is made of it, some hidden
-    states, the LoRA kernels' scratch, and the logits of a full batch with their copy in float32 and their sorted one."""
-    widest = max(shape.out_features for shape in base.group_shapes)
-    hidden = base.layout.hidden_size
-    rows = options.max_batch_tokens * (2 * widest + 8 * hidden) * base.dtype.itemsize
-    logits = options.max_batch_size * base.layout.vocab_size * (base.dtype.itemsize + 4 * 6)
-    return int(1.2 * (rows + logits)) + options.max_batch_tokens * 512 * 4 * 4
+    return budget.workspace_bytes(base.attention_shapes, min(options.max_batch_tokens, MAX_MIXED_ROWS), options.max_batch_size, num_sms)

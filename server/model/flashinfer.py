@@ -11,20 +11,9 @@ import numpy as np
 import torch
 
 from server.model.attention import AttentionShape, SequenceSpan
+from sizing.budget import WORKSPACE_BYTES
 
 HEAD_DIMS = (64, 128, 256)
-WORKSPACE_BYTES = 256 << 20
-
-
-def workspace_bytes(shapes: list[AttentionShape], num_rows: int, num_sequences: int, num_sms: int) -> int:
-    """What FlashInfer wants for partial results of a captured step of `num_rows` rows of up to `num_sequences` sequences: a float for each
-    head and dimension of each row of the most tiles of 128 rows that there can be (its PrefillPlan), and one more for their weights."""
-    most = 0
-    for shape in shapes:
-        num_tiles = -(-num_rows * (shape.num_heads // shape.num_kv_heads) // 128) + num_sequences
-        num_tiles = max(num_tiles, 2 * num_sms // shape.num_kv_heads)
-        most = max(most, num_tiles * 128 * shape.num_heads * (shape.key_dim + 1) * 4)
-    return max(WORKSPACE_BYTES, most + (16 << 20))
 
 
 def why_not(shapes: list[AttentionShape], dtype: torch.dtype, device: torch.device) -> str | None:

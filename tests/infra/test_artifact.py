@@ -24,15 +24,16 @@ def names(text: str) -> list[str]:
 
 
 def test_the_archive_holds_what_an_instance_needs_and_nothing_else(content):
-    assert {"server/__main__.py", "server/host/agent.py", "ami/install.sh", "ami/manylora.service", "constraints-gpu.txt"} <= set(content)
+    server = {"server/__main__.py", "server/host/agent.py", "sizing/budget.py", "sizing/models.toml"}
+    assert server | {"ami/install.sh", "ami/manylora.service", "constraints-gpu.txt"} <= set(content)
     tops = {name.split("/")[0] for name in content}
-    assert tops == {"server", "ami", "constraints-gpu.txt", "requirements.txt", "LICENSE"}
+    assert tops == {"server", "sizing", "ami", "constraints-gpu.txt", "requirements.txt", "LICENSE"}
     assert not [name for name in content if "__pycache__" in name]
 
 
 def test_every_file_of_the_folders_is_in_it(content):
     """A new kind of file would be left out silently otherwise."""
-    for tree in ("server", "ami"):
+    for tree in ("server", "sizing", "ami"):
         for path in (ROOT / tree).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts:
                 assert path.relative_to(ROOT).as_posix() in content, path

@@ -7,9 +7,9 @@ import pytest
 
 from docs.server_settings import PATH, server_settings
 from infra.config import ConfigError, KitConfig
-from infra.instances import INSTANCES
 from infra.server_settings import OWNED, SETTINGS, environment_value
 from server.settings import Settings, read_settings
+from sizing.instances import INSTANCES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXISTING = {
@@ -162,7 +162,7 @@ def test_the_regions_are_those_of_aws_cdk_lib():
 
 
 def test_instances_hold_together():
-    table = tomllib.loads((ROOT / "infra" / "instances.toml").read_text())
+    table = tomllib.loads((ROOT / "sizing" / "instances.toml").read_text())
     for instance in INSTANCES.values():
         per_gpu = instance.gpu_memory_gib / instance.num_gpus
         assert 0.9 * table["gpus"][instance.gpu]["memory_gb"] / 1.0737 < per_gpu < table["gpus"][instance.gpu]["memory_gb"]

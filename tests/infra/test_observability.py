@@ -6,9 +6,9 @@ import re
 import pytest
 
 from infra.config import KitConfig
-from infra.instances import INSTANCES
 from infra.signals import NAMESPACE
 from server.host import load
+from sizing.instances import INSTANCES
 from tests.infra.edge_stack import ROOT, synth, text_of
 
 COLLECTED = json.loads((ROOT / "ami" / "cloudwatch-agent.json").read_text())["metrics"]
