@@ -4,6 +4,7 @@ Owns what transformers' modules add up to: which linears there are, which of the
 builds each architecture and compares. `models` calls `shape_of`; an architecture that is not here is refused by its name.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ class Family:
     outside: Callable[[Config], int] = lambda config: 0  # positions and the like
     outer: Callable[[Config], tuple[Group, ...]] = lambda config: ()
     embedding_dim: Callable[[Config], int] = lambda config: config.hidden
+    has_sinks: bool = False
     grouped: bool = True  # False: a key and a value for each head, whatever the config says
 
 
@@ -240,6 +242,7 @@ FAMILIES: dict[str, Family] = {
         experts=_experts("num_local_experts", "intermediate_size", bias=True),
         router=lambda config, experts: (config.hidden + 1) * experts.count,
         more=lambda config: config.heads,
+        has_sinks=True,
         **_ALTERNATE,
     ),
     "deepseek_v3": Family(
@@ -264,5 +267,5 @@ def layer_of(family: Family, config: Config, index: int) -> Layer:
     experts = family.experts(config, index)
     mlp = family.shared(config) if experts else family.mlp(config)
     other = family.norms * family.norm_width * config.hidden + family.more(config) + (family.router(config, experts) if experts else 0)
-    seen = Attention(attention.num_heads, attention.num_kv_heads, attention.key_dim, attention.value_dim, window)
-    return Layer(seen, (*family.attention(config), *mlp), other, experts)
+    attention = dataclasses.replace(attention, window=window, has_sinks=family.has_sinks)
+    return Layer(attention, (*family.attention(config), *mlp), other, experts)

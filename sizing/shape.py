@@ -36,6 +36,7 @@ class Attention:
     key_dim: int
     value_dim: int
     window: int | None = None  # positions a token sees; the cache keeps them all
+    has_sinks: bool = False
 
     @property
     def values_per_token(self) -> int:

@@ -50,6 +50,21 @@ MODELS: dict[str, dict[str, Any]] = {
         dtype="bfloat16",
     ),
 }
+# A tied head, biases, few heads of keys and values, a wide vocabulary: what the others do not have
+MODELS["qwen2.5-1.5b"] = MODELS["llama2-7b"] | dict(
+    architectures=["Qwen2ForCausalLM"],
+    model_type="qwen2",
+    hidden_size=1536,
+    intermediate_size=8960,
+    num_hidden_layers=28,
+    num_attention_heads=12,
+    num_key_value_heads=2,
+    vocab_size=151936,
+    max_position_embeddings=32768,
+    rms_norm_eps=1e-6,
+    rope_theta=1000000.0,
+    tie_word_embeddings=True,
+)
 # For trying the programs out where there is no GPU; its numbers mean nothing.
 MODELS["tiny"] = MODELS["mistral-7b"] | dict(
     hidden_size=64,

@@ -41,8 +41,12 @@ def test_a_shape_is_what_the_engine_finds(model_type):
     shape = shape_of(model_type, config.to_dict())
     assert shape.num_params == num_params
     assert (shape.hidden_size, shape.vocab_size, shape.is_tied) == (base.layout.hidden_size, base.layout.vocab_size, base.layout.tied_head)
-    seen = [(each.num_heads, each.num_kv_heads, each.key_dim, each.value_dim, each.window) for each in base.attention_shapes]
-    assert [(a.num_heads, a.num_kv_heads, a.key_dim, a.value_dim, a.window) for a in (layer.attention for layer in shape.layers)] == seen
+    seen = [
+        (each.num_heads, each.num_kv_heads, each.key_dim, each.value_dim, each.window, each.has_sinks) for each in base.attention_shapes
+    ]
+    assert [
+        (a.num_heads, a.num_kv_heads, a.key_dim, a.value_dim, a.window, a.has_sinks) for a in (layer.attention for layer in shape.layers)
+    ] == seen
     assert sorted(columns(shape)) == sorted(map(columns_of, base.group_shapes))
     assert shape.widest_out == max(group.out_features for group in base.group_shapes)
     names = {site.name.rpartition(".")[2] for site in base.layout.sites if site.kind == "linear"}

@@ -8,8 +8,9 @@ from server.kernels import grouped
 from server.model.arena_adapters import lay_out
 from server.model.attention import ATTENTION_NAME
 from server.model.base import BaseModel
+from server.model.flashinfer import HEAD_DIMS
 from server.types import EngineOptions
-from sizing import adapters, budget
+from sizing import adapters, budget, memory
 from sizing.models import shape_of
 from tests.server.engine.peft_oracle import pack, save_adapter
 from tests.server.engine.tiny_models import make_config, make_model
@@ -20,6 +21,7 @@ OPTIONS = EngineOptions(model_dir="", max_sequence_len=64, num_blocks=100, adapt
 
 def test_the_kernels_limits_are_those_that_plans_are_made_with():
     assert (adapters.RANK_CAP, adapters.DESCRIPTOR_BYTES) == (grouped.RANK_CAP, 8 * grouped.DESC_WIDTH)
+    assert memory.CAPTURED_HEAD_DIMS == HEAD_DIMS
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "deepseek_v3"])
@@ -28,9 +30,9 @@ def test_the_engine_divides_as_sizing_says(model_type):
     shape = shape_of(model_type, make_config(model_type).to_dict())
     size = budget.block_bytes(shape.kv_values_per_token * 4, OPTIONS.block_size)
     for backends, share in ((PLAIN, budget.share_apart), (ARENA, budget.share_arena)):
-        memory = divide(base, OPTIONS, backends)
+        found = divide(base, OPTIONS, backends)
         shares = share(free_bytes(base.device), size, OPTIONS)
-        assert (memory.num_blocks, memory.adapter_device_bytes, memory.block_elements) == (shares.num_blocks, 1 << 20, size // 4)
+        assert (found.num_blocks, found.adapter_device_bytes, found.block_elements) == (shares.num_blocks, 1 << 20, size // 4)
 
 
 @pytest.mark.parametrize(
