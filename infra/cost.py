@@ -1,21 +1,24 @@
 """What a configuration costs, roughly and before anything is deployed: standing resources and instances, in USD.
 
-Owns prices other than instances' (us-east-1, on demand, 2026; look them up before a decision). Traffic, requests and storage by the
-gigabyte are not in it: they are named beside it. Knows no CDK: outputs, the dashboard and the documentation call it.
+Prices are sizing's (sizing/prices.toml; look them up before a decision). Traffic, requests and storage by the gigabyte are not in it:
+they are named beside it. Knows no CDK: outputs, the dashboard and the documentation call it.
 """
 
 from dataclasses import dataclass
 
 from infra.config import KitConfig
-from sizing.instances import PRICE_REGION, PRICES_OF
+from sizing.instances import PRICE_REGION, PRICES, PRICES_OF
 
 HOURS_A_MONTH = 730
-NAT_USD = 0.045  # an hour; and 0.045 a GB that passes
-BALANCER_USD = 0.0225  # an hour; and capacity units
-INTERFACE_ENDPOINT_USD = 0.01  # an hour, service and zone
-VOLUME_USD = 0.08  # a GB and month, gp3
-LUSTRE_USD = {"SCRATCH_2": 0.14, "PERSISTENT_2": {125: 0.145, 250: 0.21, 500: 0.34, 1000: 0.6}}  # a GB and month
-WAF_USD = 8.0  # a month: one list, its rules
+NAT_USD: float = PRICES["standing"]["nat_usd"]  # an hour; and 0.045 a GB that passes
+BALANCER_USD: float = PRICES["standing"]["balancer_usd"]  # an hour; and capacity units
+INTERFACE_ENDPOINT_USD: float = PRICES["standing"]["interface_endpoint_usd"]  # an hour, service and zone
+VOLUME_USD: float = PRICES["monthly"]["volume_usd"]  # a GB and month, gp3
+LUSTRE_USD = {  # a GB and month
+    "SCRATCH_2": PRICES["monthly"]["lustre_scratch_usd"],
+    "PERSISTENT_2": {int(speed): usd for speed, usd in PRICES["monthly"]["lustre_persistent_usd"].items()},
+}
+WAF_USD: float = PRICES["monthly"]["waf_usd"]  # a month: one list, its rules
 NUM_ENDPOINTS = 10  # of `network`: services that instances call
 
 

@@ -5,7 +5,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, StringConstraints, model_validator
 
 from infra.sections import Arn, Section
-from sizing.instances import INSTANCES, Instance
+from sizing.errors import SizingError
+from sizing.instances import INSTANCES, Instance, instance_named
 
 # Auto Scaling's, not EventBridge's with its six.
 FiveFields = Annotated[str, StringConstraints(pattern=r"^cron\(([0-9A-Za-z*,/-]+ ){4}[0-9A-Za-z*,/-]+\)$")]
@@ -66,8 +67,10 @@ class FleetConfig(Section):
     def _check(self) -> Self:
         for key, names in (("instance_type", (self.instance_type,)), ("fallback_types", self.fallback_types)):
             for name in names:
-                if name not in INSTANCES:
-                    raise ValueError(f"{key}: {name} is no G6, Gr6 or G6e instance with a whole GPU. Allowed: {', '.join(INSTANCES)}")
+                try:
+                    instance_named(name)
+                except SizingError as error:
+                    raise ValueError(f"{key}: {error}") from None
         wanted = self.min if self.desired is None else self.desired
         if not self.min <= wanted <= self.max:
             raise ValueError(f"min <= desired <= max must hold. Given: {self.min}, {wanted}, {self.max}")

@@ -25,7 +25,7 @@ REFUSED = [
     ({"fleet.mx": 3}, "fleet.mx: unknown key (did you mean max?). Allowed: desired, drain_s"),
     ({"tags.aws:x": "y"}, "tags: aws:x: a tag's key"),
     ({"kms_key_arn": "alias/mine"}, "kms_key_arn: "),
-    ({"fleet.instance_type": "m5.large"}, "m5.large is no G6, Gr6 or G6e instance with a whole GPU. Allowed: g6.xlarge"),
+    ({"fleet.instance_type": "m5.large"}, "m5.large has no GPU: it is no G6, Gr6 or G6e instance. Allowed: g6.xlarge"),
     ({"fleet.fallback_types": ["g6.xlarge", "g5.xlarge"]}, "fallback_types: g5.xlarge"),
     ({"fleet.min": 3, "fleet.max": 2}, "min <= desired <= max must hold. Given: 3, 3, 2"),
     ({"fleet.min": 0}, "min = 0 and scale_to_zero = true go together"),
