@@ -16,6 +16,7 @@ import aws_cdk as cdk  # noqa: E402
 from cdk_nag import AwsSolutionsChecks  # noqa: E402
 
 from infra.config import ConfigError, KitConfig  # noqa: E402
+from infra.plan import check  # noqa: E402
 from infra.stacks import build  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
@@ -29,7 +30,9 @@ def main() -> int:
     overrides = {key: value for key, value in context.items() if not key.startswith(_OF_THE_TOOLS)}
     env = str(overrides.pop("env", "dev"))
     try:
-        build(app, KitConfig.load(env, ROOT, overrides))
+        config = KitConfig.load(env, ROOT, overrides)
+        check(config, ROOT, os.environ.get("CDK_DEFAULT_REGION"))
+        build(app, config)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.gpu.table import readme_table
-from docs import deploy_tables, edge_tables, flag_tables, openai_tables, parity, server_settings
+from docs import deploy_tables, edge_tables, flag_tables, measured, openai_tables, parity, server_settings, sizing_tables
 from server.adapters.config import FIELDS
 from server.settings.fields import Settings
 
@@ -83,6 +83,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu_benchmark": gpu_benchmark,
     **deploy_tables.TABLES,
     **edge_tables.TABLES,
+    **sizing_tables.TABLES,
 }
 
 
@@ -97,10 +98,11 @@ def pages() -> list[Path]:
 
 
 def main() -> int:
-    """Write the tables that have changed, and the deployment's list of settings."""
-    if server_settings.PATH.read_text() != server_settings.server_settings():
-        server_settings.PATH.write_text(server_settings.server_settings())
-        print(f"wrote {server_settings.PATH.name}")
+    """Write the tables that have changed, the deployment's list of settings, and what plans are measured by."""
+    for path, made in ((server_settings.PATH, server_settings.server_settings()), (measured.PATH, measured.measured())):
+        if not path.exists() or path.read_text() != made:
+            path.write_text(made)
+            print(f"wrote {path.name}")
     for page in pages():
         text = page.read_text()
         if fill(text) != text:

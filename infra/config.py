@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from infra.errors import ConfigError
 from infra.regions import REGIONS
 from infra.sections import Arn, ImageConfig, ModelConfig, NetworkConfig, Section, StorageConfig
+from infra.sections_plan import PlanConfig
 from infra.sections_service import EndpointConfig, FleetConfig, ObservabilityConfig, ScalingConfig
 from infra.server_settings import check_server_settings
 
@@ -38,6 +39,7 @@ class KitConfig(Section):
     fleet: FleetConfig = FleetConfig()
     scaling: ScalingConfig = ScalingConfig()
     model: ModelConfig = ModelConfig()
+    plan: PlanConfig = PlanConfig()
     server: dict[str, Any] = Field({}, description="Settings of the server by name, as in docs/settings.md with underscores.")
     endpoint: EndpointConfig = EndpointConfig()
     observability: ObservabilityConfig = ObservabilityConfig()

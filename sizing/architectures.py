@@ -143,13 +143,21 @@ def _stablelm_more(config: Config) -> int:
     return heads - (2 * config.hidden if config.flag("use_parallel_residual") else 0)
 
 
+def _every_other(config: Config, layer: int) -> bool:
+    return (layer + 1) % 2 == 1
+
+
+def _late_layers(config: Config, layer: int) -> bool:
+    """Qwen's: from a layer on, if at all."""
+    return config.flag("use_sliding_window") and layer >= config.number("max_window_layers", 28)
+
+
 def _norms_of_heads(config: Config) -> int:
     return 2 * config.head_dim
 
 
 _LLAMA = dict(attention=_split("attention_bias", "attention_bias"), mlp=_gated("mlp_bias"))
 _WITH_NORMS = dict(attention=_split("attention_bias", "attention_bias"), mlp=_gated(), more=_norms_of_heads)
-_ALTERNATE = dict(window=lambda config, layer: bool((layer + 1) % 2))
 FAMILIES: dict[str, Family] = {
     "llama": Family(**_LLAMA),
     "granite": Family(**_LLAMA),
@@ -158,14 +166,14 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(
         attention=_split(True),
         mlp=_gated(),
-        window=lambda config, layer: config.flag("use_sliding_window") and layer >= config.number("max_window_layers", 28),
+        window=_late_layers,
     ),
     "qwen3": Family(
         **_WITH_NORMS,
-        window=lambda config, layer: config.flag("use_sliding_window") and layer >= config.number("max_window_layers", 28),
+        window=_late_layers,
     ),
     "gemma": Family(attention=_split("attention_bias", "attention_bias"), mlp=_gated(), tied=True),
-    "gemma2": Family(attention=_split("attention_bias", "attention_bias"), mlp=_gated(), norms=4, tied=True, **_ALTERNATE),
+    "gemma2": Family(attention=_split("attention_bias", "attention_bias"), mlp=_gated(), norms=4, tied=True, window=_every_other),
     "gemma3_text": Family(
         **_WITH_NORMS, norms=4, tied=True, window=lambda config, layer: bool((layer + 1) % config.number("sliding_window_pattern", 6))
     ),
@@ -229,7 +237,7 @@ FAMILIES: dict[str, Family] = {
         mlp=_gated(),
         experts=_experts("num_experts", "moe_intermediate_size", _every_so_many),
         shared=_shared_expert,
-        window=lambda config, layer: config.flag("use_sliding_window") and layer >= config.number("max_window_layers", 28),
+        window=_late_layers,
     ),
     "qwen3_moe": Family(
         **_WITH_NORMS,
@@ -243,7 +251,7 @@ FAMILIES: dict[str, Family] = {
         router=lambda config, experts: (config.hidden + 1) * experts.count,
         more=lambda config: config.heads,
         has_sinks=True,
-        **_ALTERNATE,
+        window=_every_other,
     ),
     "deepseek_v3": Family(
         attention=_latent_attention,

@@ -51,7 +51,7 @@ class EngineLimits:
 @dataclass(frozen=True)
 class EngineMemory:
     """Bytes on one card. `num_blocks` blocks of `block_bytes` are the arena that tokens and adapters share; adapters get at most
-    `adapter_bytes` of it. `free`: what is left where the options ask for less than there is; negative: what is missing."""
+    `adapter_bytes` of it."""
 
     card: int
     context: int
@@ -61,7 +61,6 @@ class EngineMemory:
     block_size: int
     num_blocks: int
     adapter_bytes: int
-    free: int
 
     @property
     def arena(self) -> int:
@@ -72,6 +71,11 @@ class EngineMemory:
     def total(self) -> int:
         """Bytes of all parts."""
         return self.context + self.weights.total + self.set_aside.total + self.arena
+
+    @property
+    def room(self) -> int:
+        """What is left of the card for the arena; negative: what is missing before there is any."""
+        return self.card - self.context - self.weights.total - self.set_aside.total
 
     @property
     def max_tokens(self) -> int:
@@ -115,7 +119,6 @@ def predict(
     bytes_of_block = budget.block_bytes(shape.kv_values_per_token * item_bytes, limits.block_size)
     free = card_bytes - context_bytes - weights.total - kept.total
     shares = budget.share_arena(free, bytes_of_block, limits)
-    left = free - (shares.num_blocks + 1) * bytes_of_block
     return EngineMemory(
-        card_bytes, context_bytes, weights, kept, bytes_of_block, limits.block_size, shares.num_blocks, shares.adapter_bytes, left
+        card_bytes, context_bytes, weights, kept, bytes_of_block, limits.block_size, shares.num_blocks, shares.adapter_bytes
     )

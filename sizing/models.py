@@ -1,4 +1,4 @@
-"""A model's shape from its config.json, from a folder with its safetensors headers, or from the table of well-known models.
+"""A model's shape from its config.json, from a folder with safetensors headers, or from the table of well-known models.
 
 Owns the refusal of what is not known. No weights are read: the header of a safetensors file says names, types and shapes. The planner and
 the recorder of the engine's memory (benchmarks.gpu_memory) call it.
@@ -49,11 +49,12 @@ def shape_of(name: str, values: Mapping[str, Any]) -> ModelShape:
     )
 
 
-def shape_of_folder(folder: Path, name: str | None = None) -> ModelShape:
-    """The shape of a folder in Hugging Face's layout: config.json, and the headers of what *.safetensors it has."""
-    config = Config.read(name or folder.name, folder / "config.json")
+def shape_of_file(path: Path, name: str) -> ModelShape:
+    """The shape of a config.json, or of a folder in Hugging Face's layout: config.json, and the headers of what *.safetensors it has."""
+    folder = path if path.is_dir() else path.parent
+    config = Config.read(name, folder / "config.json" if path.is_dir() else path)
     shape = shape_of(config.name, config.values)
-    headers = read_headers(config.name, folder)
+    headers = read_headers(config.name, folder) if path.is_dir() else {}
     if not headers:
         return shape
     tied = {"lm_head.weight"} if shape.is_tied and "lm_head.weight" in headers else set()

@@ -13,7 +13,7 @@ from tests.infra.conftest import ROOT, context
 def run_app(tmp_path, **given):
     """app.py with `given` as `-c` values; (exit status, stderr)."""
     environment = os.environ | {"CDK_OUTDIR": str(tmp_path), "CDK_CONTEXT_JSON": json.dumps(context() | given)}
-    environment.pop("MANYLORA_ENV", None)
+    environment.pop("CDK_DEFAULT_REGION", None)
     result = subprocess.run([sys.executable, "app.py"], cwd=ROOT, env=environment, capture_output=True, text=True)
     return result.returncode, result.stderr
 
@@ -24,6 +24,11 @@ def run_app(tmp_path, **given):
         ({"flet.max": "3"}, "error: the configuration of env dev"),
         ({"env": "staging"}, "error: env staging"),
         ({"fleet.instance_type": "p5.48xlarge"}, "p5.48xlarge is no G6, Gr6 or G6e instance"),
+        ({"fleet.instance_type": "m7i.xlarge"}, "m7i.xlarge has no GPU"),
+        ({"region": "eu-west-1"}, "error: region eu-west-1 has no g6 instances"),
+        ({"model.source": "bucket", "model.id": "our-own"}, "error: model our-own: its shape is not known"),
+        ({"plan.rank": "1000"}, "error: rank: 1000 is over the limit"),
+        ({"model.source": "bucket", "model.id": "llama-2-13b-hf"}, "The nearest that fits: g6e.xlarge"),
     ],
 )
 def test_a_refusal_is_one_message_and_no_trace(tmp_path, given, said):
