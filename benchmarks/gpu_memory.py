@@ -45,7 +45,7 @@ GiB = 1 << 30
 CASES: dict[str, Case] = {
     "mistral-7b": Case(AdapterSet(16, "all", 4)),
     "llama2-7b": Case(
-        AdapterSet(8, "qv", 8),
+        AdapterSet(8, "qv", 4),
         dict(kv_cache_bytes=40 * GiB, adapter_device_bytes=4 * GiB, max_batch_tokens=4096, max_batch_size=128, compile_layers=False),
     ),
     "qwen2.5-1.5b": Case(
@@ -97,6 +97,8 @@ def main(argv: Sequence[str]) -> int:
     if arguments.part:
         from benchmarks.gpu_memory_case import measure
 
+        if not sys.stdin.readline():  # until it is this case's turn on the card; imports are done by then
+            return 1
         arguments.part.write_text(json.dumps(measure(arguments.model[0], arguments.device, arguments.work)))
         return 0
     on_gpu = arguments.device != "cpu"
@@ -108,12 +110,9 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    started_at, cases = time.monotonic(), []
+    started_at = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="manylora-memory-") as work:
-        for model in arguments.model:
-            if case := _run(model, arguments.device, Path(work), arguments.limit_s):
-                cases.append(case)
-                print(f"{model}: {_shown(case, on_gpu)}", flush=True)
+        cases = _run_all(arguments, Path(work))
     out = arguments.out or RESULTS / f"{machine['day']}-{machine['commit']}-memory.json"
     keep = {name: machine[name] for name in ("day", "commit", "code", "gpu", "driver", "python")}
     result = {"benchmark": "gpu_memory", **keep, "versions": installed(), "cases": cases}
@@ -123,22 +122,47 @@ def main(argv: Sequence[str]) -> int:
     return 0 if len(cases) == len(arguments.model) else 1
 
 
-def _run(model: str, device: str, work: Path, limit_s: float) -> dict[str, Any] | None:
-    """A case in a process of its own; None, with its last words printed, if it failed."""
-    part = work / f"{model}.json"
+def _run_all(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+    """Every case in a process of its own, one after another on the card. What failed is said and left out."""
+    processes = {model: _start(model, arguments.device, work) for model in dict.fromkeys(arguments.model)}
+    cases = []
+    try:
+        for model, process in processes.items():
+            case = _finish(process, model, work, arguments.limit_s)
+            if case is not None:
+                cases.append(case)
+                print(f"{model}: {_shown(case, arguments.device != 'cpu')}", flush=True)
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
+    return cases
+
+
+def _start(model: str, device: str, work: Path) -> "subprocess.Popen[str]":
+    """A case's process: it imports what it needs, and waits for its turn."""
     write_model(work, model)
-    own = ["--device", device, "--part", str(part), "--work", str(work)]
+    own = ["--device", device, "--part", str(work / f"{model}.json"), "--work", str(work)]
     command = [sys.executable, "-m", "benchmarks.gpu_memory", "--model", model, *own]
     environment = os.environ | ({"TRITON_INTERPRET": "1"} if device == "cpu" else {})
+    with (work / f"{model}.log").open("w") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True)
+
+
+def _finish(process: "subprocess.Popen[str]", model: str, work: Path, limit_s: float) -> dict[str, Any] | None:
+    """Its turn, and its row; None, with its last words printed, if it failed or took too long."""
+    part, log = work / f"{model}.json", work / f"{model}.log"
     try:
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit_s)
+        process.communicate("go\n", timeout=limit_s)
+        what = f"failed with {process.returncode}"
     except subprocess.TimeoutExpired:
-        print(f"{model}: not done after {limit_s:.0f} s", flush=True)
-        return None
-    if result.returncode or not part.is_file():
-        print(f"{model}: failed\n{result.stdout[-1000:]}{result.stderr[-4000:]}", flush=True)
-        return None
-    return json.loads(part.read_text())
+        process.kill()
+        process.wait()
+        what = f"not done after {limit_s:.0f} s"
+    if process.returncode == 0 and part.is_file():
+        return json.loads(part.read_text())
+    print(f"{model}: {what}\n{log.read_text()[-4000:]}", flush=True)
+    return None
 
 
 def _shown(case: dict[str, Any], on_gpu: bool) -> str:

@@ -43,6 +43,13 @@ def test_the_three_cases_differ_and_fit_an_h100():
         assert 0.5 < (sum(parts.values()) - parts["adapters"]) / 84_900_000_000 < 1.01
 
 
+def test_a_case_that_fails_is_said_and_not_kept(tmp_path, capfd):
+    """Here by the lack of a second, long before it is done."""
+    out = tmp_path / "memory.json"
+    assert main(["--model", "tiny", "--device", "cpu", "--out", str(out), "--limit-s", "0.01"]) == 1
+    assert not out.exists() and "tiny: not done after 0 s" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
