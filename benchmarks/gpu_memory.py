@@ -64,13 +64,14 @@ def options_of(model: str) -> dict[str, Any]:
     return _DEFAULTS | CASES[model].options
 
 
-def predicted(model: str, options: dict[str, Any], adapters: dict[str, Any], card_bytes: int, *, on_gpu: bool = True) -> dict[str, int]:
-    """Bytes by part that sizing says of a recorded case: from the model's config alone, and the card's size."""
+def predicted(case: dict[str, Any], *, on_gpu: bool = True) -> dict[str, int]:
+    """Bytes by part that sizing says of a recorded case: from the model's config alone, the options, and the card's size."""
+    model, options, adapters = case["model"], case["options"], case["adapters"]
     shape = shape_of(model, MODELS[model])
     named = {key: value for key, value in options.items() if key in EngineLimits.__dataclass_fields__}
     limits = EngineLimits.of(shape, named if on_gpu else named | {"cuda_graphs": False})
     dtype, item_bytes = ("bf16", 2) if on_gpu else ("fp32", 4)
-    memory = predict(shape, limits, card_bytes, dtype=dtype)
+    memory = predict(shape, limits, case["card"], case["num_sms"], dtype=dtype)
     one = adapter_bytes(shape, adapters["rank"], TARGETS[adapters["modules"]], item_bytes)
     return {
         "weights": memory.weights.total,
@@ -85,7 +86,7 @@ def predicted(model: str, options: dict[str, Any], adapters: dict[str, Any], car
 def compare(case: dict[str, Any], on_gpu: bool = True) -> dict[str, float]:
     """How far today's prediction is from what a case reserved: predicted / reserved - 1 for each of PARTS; for `set aside` the share that
     steps, workspaces and graphs used of what is kept for them (1.0: all of it)."""
-    said = predicted(case["model"], case["options"], case["adapters"], case["card"], on_gpu=on_gpu)
+    said = predicted(case, on_gpu=on_gpu)
     took = case["reserved"]
     found = {part: said[part] / took[part] - 1 for part in PARTS}
     return found | {"set aside": (took["graphs"] + took["steps"]) / (said["graphs"] + said["steps"])}

@@ -41,6 +41,11 @@ class _Meter:
         return torch.cuda.mem_get_info(self._device)[1] if self.on_gpu else psutil.virtual_memory().total
 
     @property
+    def num_sms(self) -> int:
+        """Streaming multiprocessors; on a CPU none."""
+        return torch.cuda.get_device_properties(self._device).multi_processor_count if self.on_gpu else 0
+
+    @property
     def taken(self) -> int:
         """What is not free of it."""
         if not self.on_gpu:
@@ -94,6 +99,7 @@ def measure(model: str, device: str, work: Path) -> dict[str, Any]:
         "options": options,
         "adapters": {"rank": adapters.rank, "modules": adapters.modules, "count": stats.num_adapters_device},
         "card": meter.card,
+        "num_sms": meter.num_sms,
         "reserved": {
             "weights": weights,
             "adapters": stats.adapter_bytes_device,

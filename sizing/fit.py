@@ -114,7 +114,7 @@ def check_demand(model: Model, demand: Demand) -> None:
 
 def fit(model: Model, demand: Demand, instance: Instance) -> Fit:
     """The model on an instance; on the fewest of its GPUs that hold the demand."""
-    memory = predict(model.shape, model.limits, instance.card.memory_bytes, scheme=model.scheme, dtype=model.dtype)
+    memory = predict(model.shape, model.limits, instance.card.memory_bytes, instance.card.num_sms, scheme=model.scheme, dtype=model.dtype)
     engines = model.gpus_of(instance)
     num_gpus = next((count for count in range(1, engines + 1) if not _faults(memory, model, demand, count)), None)
     shared_by = num_gpus or engines

@@ -38,6 +38,7 @@ class Gpu:
     memory_gb: int
     cuda_mib: int
     bandwidth_gb_s: int
+    num_sms: int
     tflops: int
 
     @property

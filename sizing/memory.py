@@ -15,6 +15,7 @@ from sizing.shape import ModelShape
 from sizing.weights import Weights, weights_of
 
 CONTEXT_BYTES = 512 << 20  # CUDA's own, with the code of the kernels; to be refreshed by benchmarks.gpu_memory
+MAX_CAPTURED_ROWS = 2048  # of a step with prompts; the same as server.engine.graphs's
 CAPTURED_HEAD_DIMS = (64, 128, 256)  # FlashInfer's; the same as server.model.flashinfer's
 _MOST_TOKENS = 4096  # of a sequence, where nothing is said
 
@@ -106,16 +107,21 @@ def predict(
     shape: ModelShape,
     limits: EngineLimits,
     card_bytes: int,
+    num_sms: int,
     *,
     scheme: str | None = None,
     dtype: str = "bf16",
     context_bytes: int = CONTEXT_BYTES,
 ) -> EngineMemory:
-    """What the engine will take of a card of `card_bytes` (as CUDA says it). SizingError if the scheme is unknown."""
+    """What the engine will take of a card of `card_bytes` and `num_sms` (as CUDA says them). SizingError if the scheme is unknown."""
     item_bytes = round(scheme_named(dtype).bits / 8)
     weights = weights_of(shape, scheme, dtype)
     graphs = can_capture(shape) if limits.cuda_graphs is None else limits.cuda_graphs
-    kept = budget.set_aside(widths_of(shape), limits, item_bytes, graphs=graphs)
+    workspace = budget.WORKSPACE_BYTES
+    if graphs:
+        heads = [layer.attention for layer in shape.layers]
+        workspace = budget.workspace_bytes(heads, min(limits.max_batch_tokens, MAX_CAPTURED_ROWS), limits.max_batch_size, num_sms)
+    kept = budget.set_aside(widths_of(shape), limits, item_bytes, workspace, graphs=graphs)
     bytes_of_block = budget.block_bytes(shape.kv_values_per_token * item_bytes, limits.block_size)
     free = card_bytes - context_bytes - weights.total - kept.total
     shares = budget.share_arena(free, bytes_of_block, limits)

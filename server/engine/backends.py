@@ -77,7 +77,8 @@ def divide(base: BaseModel, options: EngineOptions, backends: Backends) -> Memor
     else:
         if base.device.type == "cuda":
             widths = budget.Widths(max(shape.out_features for shape in base.group_shapes), layout.hidden_size, layout.vocab_size)
-            free -= budget.set_aside(widths, options, item_bytes, _workspace_bytes(base, options, backends), graphs=backends.cuda_graphs).total
+            workspace = _workspace_bytes(base, options, backends)
+            free -= budget.set_aside(widths, options, item_bytes, workspace, graphs=backends.cuda_graphs).total
         else:
             free //= 4
         shares = budget.share_arena(free, block_bytes, options)

@@ -39,7 +39,7 @@ def test_the_three_cases_differ_and_fit_an_h100():
     for name in cases:
         adapters = CASES[name].adapters
         asked = {"rank": adapters.rank, "modules": adapters.modules, "count": adapters.count}
-        parts = predicted(name, options_of(name), asked, 84_900_000_000)
+        parts = predicted({"model": name, "options": options_of(name), "adapters": asked, "card": 84_900_000_000, "num_sms": 132})
         assert 0.5 < (sum(parts.values()) - parts["adapters"]) / 84_900_000_000 < 1.01
 
 

@@ -4,7 +4,18 @@ import dataclasses
 
 import pytest
 
-from sizing.budget import GRAPH_BYTES, SPARE_BYTES, Widths, block_bytes, set_aside, share_apart, share_arena
+from sizing.budget import (
+    GRAPH_BYTES,
+    SPARE_BYTES,
+    WORKSPACE_BYTES,
+    Widths,
+    block_bytes,
+    set_aside,
+    share_apart,
+    share_arena,
+    workspace_bytes,
+)
+from sizing.shape import Attention
 
 MIB = 1 << 20
 
@@ -31,6 +42,16 @@ def test_steps_are_kept_room_for():
     assert kept.activations == int(1.2 * (1024 * (2 * 28672 + 8 * 4096) * 2 + 64 * 32000 * 26)) + 1024 * 512 * 16
     assert set_aside(mistral, Options(), 2, graphs=False).total == kept.total - GRAPH_BYTES
     assert set_aside(mistral, Options(max_batch_tokens=4096), 2, graphs=True).activations > 3 * kept.activations
+
+
+def test_a_captured_steps_workspace_is_kept_room_for():
+    mistral = [Attention(32, 8, 128, 128)]
+    assert workspace_bytes(mistral, 16, 1, 58) == WORKSPACE_BYTES
+    large = workspace_bytes(mistral, 2048, 256, 132)
+    assert large == (2048 * 4 // 128 + 256) * 128 * 32 * 129 * 4 + 16 * MIB
+    widths = Widths(28672, 4096, 32000)
+    more = set_aside(widths, Options(), 2, large, graphs=True).total - set_aside(widths, Options(), 2, graphs=True).total
+    assert more == large - WORKSPACE_BYTES
 
 
 def test_tokens_and_adapters_share_an_arena():

@@ -101,7 +101,7 @@ def test_the_nearest_that_fits_is_named():
 
 
 def test_a_step_in_fewer_bits_fits_more():
-    whole, cut = (predict(known_shape("mistral-7b"), model().limits, G6.card.memory_bytes, scheme=name) for name in (None, "int4"))
+    whole, cut = (predict(known_shape("mistral-7b"), model().limits, G6.card.memory_bytes, 58, scheme=name) for name in (None, "int4"))
     assert cut.num_blocks > 2.5 * whole.num_blocks
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from server.adapters.pack import read_header
 from server.engine.backends import Backends, divide, free_bytes
+from server.engine.graphs import MAX_MIXED_ROWS
 from server.kernels import grouped
 from server.model.arena_adapters import lay_out
 from server.model.attention import ATTENTION_NAME
@@ -21,7 +22,7 @@ OPTIONS = EngineOptions(model_dir="", max_sequence_len=64, num_blocks=100, adapt
 
 def test_the_kernels_limits_are_those_that_plans_are_made_with():
     assert (adapters.RANK_CAP, adapters.DESCRIPTOR_BYTES) == (grouped.RANK_CAP, 8 * grouped.DESC_WIDTH)
-    assert memory.CAPTURED_HEAD_DIMS == HEAD_DIMS
+    assert (memory.CAPTURED_HEAD_DIMS, memory.MAX_CAPTURED_ROWS) == (HEAD_DIMS, MAX_MIXED_ROWS)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "deepseek_v3"])
