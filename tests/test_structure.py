@@ -92,7 +92,7 @@ def test_imports_go_down_the_ranks(path):
 
 
 def test_nobody_of_the_server_imports_the_rest_of_the_repository():
-    others = {"infra", "benchmarks", "examples", "tests", "ami", "aws_cdk"}
+    others = {"infra", "benchmarks", "examples", "rehearse", "tests", "ami", "aws_cdk"}
     for path in files():
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None) or ""]
@@ -122,7 +122,7 @@ def test_only_the_entry_points_read_the_environment():
             assert path in allowed, f"{path.relative_to(ROOT)} reads the environment"
 
 
-@pytest.mark.parametrize("folder", ["server", "sizing", "infra", "benchmarks", "examples"])
+@pytest.mark.parametrize("folder", ["server", "sizing", "infra", "benchmarks", "examples", "rehearse"])
 def test_files_and_functions_stay_short(folder):
     for path in sorted((ROOT / folder).rglob("*.py")):
         text = path.read_text()
@@ -134,7 +134,7 @@ def test_files_and_functions_stay_short(folder):
 
 
 def test_every_module_says_what_it_is():
-    for folder in ("server", "sizing", "infra", "benchmarks", "examples"):
+    for folder in ("server", "sizing", "infra", "benchmarks", "examples", "rehearse"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             text = path.read_text()
             assert not text.strip() or ast.get_docstring(ast.parse(text)), f"{path.relative_to(ROOT)} has no docstring"
@@ -146,7 +146,7 @@ def test_the_deployment_stands_by_itself():
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
-            assert not {name.split(".")[0] for name in names} & {"server", "torch", "transformers", "benchmarks", "tests"}, path
+            assert not {name.split(".")[0] for name in names} & {"server", "torch", "transformers", "benchmarks", "rehearse", "tests"}, path
         assert "os.environ" not in path.read_text() and "os.getenv" not in path.read_text(), path
 
 

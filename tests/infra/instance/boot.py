@@ -25,7 +25,8 @@ def why_not() -> str | None:
     for program in ("unshare", "mount", "mountpoint", "curl", "bash"):
         if shutil.which(program) is None:
             return f"there is no {program}"
-    probe = "d=$(mktemp -d); mount -t tmpfs t $d; mkdir $d/u $d/w; mount -t overlay o -o lowerdir=/mnt,upperdir=$d/u,workdir=$d/w /mnt"
+    probe = "d=$(mktemp -d); trap 'umount -l $d 2>/dev/null; rmdir $d' EXIT; "
+    probe += "mount -t tmpfs t $d; mkdir $d/u $d/w; mount -t overlay o -o lowerdir=/mnt,upperdir=$d/u,workdir=$d/w /mnt"
     result = subprocess.run([*UNSHARE, "sh", "-ec", probe], capture_output=True, text=True)
     return None if result.returncode == 0 else f"no mount namespace with overlays ({result.stderr.strip()[:80]})"
 
