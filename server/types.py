@@ -212,6 +212,8 @@ class EngineOptions(msgspec.Struct, frozen=True):
     adapter_host_bytes: int | None = None
     num_threads: int | None = None
     allow_unverified_architecture: bool = False
+    quantize: str | None = None  # a scheme of model.quantization; None: as the checkpoint is
+    quantize_head: bool = False  # the output head too
     # "auto" is what the device is fastest with: on a GPU an arena, Triton kernels, FlashInfer, compiled layers and captured decode steps.
     kernels: Literal["auto", "torch", "triton"] = "auto"
     attention: Literal["auto", "flashinfer", "sdpa"] = "auto"

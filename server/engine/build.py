@@ -55,7 +55,14 @@ def build_engine(
     dtype = _DTYPES.get(options.dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)
     base = timed(
         "load",
-        lambda: load_base(Path(options.model_dir), dtype, device, allow_unverified_architecture=options.allow_unverified_architecture),
+        lambda: load_base(
+            Path(options.model_dir),
+            dtype,
+            device,
+            allow_unverified_architecture=options.allow_unverified_architecture,
+            quantize=options.quantize,
+            quantize_head=options.quantize_head,
+        ),
     )
     core = timed("allocate", lambda: assemble(base, options, on_adapter, on_phase))
     timed("warm_up", lambda: _warm_up(core, base))

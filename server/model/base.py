@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import msgspec
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from server.kernels.grouped import GroupShape
 from server.model import operators
@@ -23,7 +22,8 @@ from server.model.flashinfer import FlashInferAttention
 from server.model.forward import ForwardState
 from server.model.linear import HeadGroup, SiteGroup, TileDeltas
 from server.model.overrides import EmbeddingSite, ReplacedModule
-from server.model.probe import Probe, describe_site, probe
+from server.model.probe import LINEARS, Probe, describe_site, probe
+from server.model.quantization.linear import QuantizedLinear
 from server.types import BaseLayout, Module, Site
 
 Attention = PagedAttention | FlashInferAttention
@@ -33,6 +33,13 @@ DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float
 def _hash_weight(weight: torch.Tensor) -> str:
     """sha256 of a weight's bytes, as adapters.parts.hash_weight has it."""
     return hashlib.sha256(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
+
+
+def _kind(module: nn.Module) -> tuple[str, dict[str, list[int]]]:
+    """A module's class and the shapes of its own parameters; of a quantized linear those of the linear that it stands for."""
+    if isinstance(module, QuantizedLinear):
+        return "Linear", module.parameter_shapes
+    return type(module).__name__, {name: list(parameter.shape) for name, parameter in module.named_parameters(recurse=False)}
 
 
 class _ComputedDecoder(nn.Module):
@@ -222,24 +229,29 @@ class BaseModel:
             described = [describe_site(name, module, index) for name, module in zip(names, members, strict=True)]
             groups.append(SiteGroup(index, names, members, [site.out_features for site in described], self.state))
             sites.extend(described)
-        if isinstance(self.head_module, (nn.Linear, Conv1D)):
+        if isinstance(self.head_module, LINEARS):
             site = describe_site(self._names[id(self.head_module)], self.head_module, len(groups))
-            tied = self.head_module.weight is self.embedding_module.weight
-            groups.append(HeadGroup(len(groups), [site.name], [self.head_module], [site.out_features], self.state, share_weight=tied))
+            groups.append(
+                HeadGroup(len(groups), [site.name], [self.head_module], [site.out_features], self.state, share_weight=self._is_tied)
+            )
             sites.append(site)
         return groups, sites
 
     def _tied_names(self) -> list[str]:
-        """The embedding and the head: what PEFT may save a second time although nothing changed it."""
-        return [self._names[id(self.embedding_module)], self._names[id(self.head_module)]]
+        """The embedding and the head: what PEFT may save a second time although nothing changed it. Of a quantized head nobody can say."""
+        modules = [module for module in (self.embedding_module, self.head_module) if not isinstance(module, QuantizedLinear)]
+        return [self._names[id(module)] for module in modules]
+
+    @property
+    def _is_tied(self) -> bool:
+        return not isinstance(self.head_module, QuantizedLinear) and self.head_module.weight is self.embedding_module.weight
 
     def _describe(self, sites: list[Site], weight_hashes: dict[str, str]) -> BaseLayout:
         site_names = {site.name for site in sites}
         modules = [
             Module(
                 name,
-                type(module).__name__,
-                {n: list(p.shape) for n, p in module.named_parameters(recurse=False)},
+                *_kind(module),
                 replaceable=name in site_names or name in self._axes,
             )
             for name, module in self._modules.items()
@@ -251,7 +263,7 @@ class BaseModel:
             num_layers=len(self._attention_layers),
             vocab_size=self.embedding_module.weight.shape[0],
             hidden_size=self.embedding_module.weight.shape[1],
-            tied_head=self.head_module.weight is self.embedding_module.weight,
+            tied_head=self._is_tied,
             embedding=self._names[id(self.embedding_module)],
             head=self._names[id(self.head_module)],
             dtype=DTYPE_NAMES[self.dtype],

@@ -101,9 +101,9 @@ class SiteGroup:
     def call(self, first: torch.Tensor, second: torch.Tensor, *bias: torch.Tensor | None) -> torch.Tensor:
         """What the operators mean: linear(x, weight, bias) and add_delta(y, x)."""
         if self.state.tiles is None:
-            return self._add_deltas(F.linear(first, second, *bias), first) if bias else self._add_deltas(first.clone(), second)
+            return self._add_deltas(self.product.linear(first, second, *bias), first) if bias else self._add_deltas(first.clone(), second)
         if not self.state.touched >> self.index & 1:
-            return F.linear(first, second, *bias) if bias else first.clone()
+            return self.product.linear(first, second, *bias) if bias else first.clone()
         if not bias:
             y, x = first.clone(), second
             self._deltas.around(x.reshape(-1, x.shape[-1]), self.shape, lambda: y.view(-1, y.shape[-1]), None)
@@ -115,13 +115,15 @@ class SiteGroup:
             if bias[0] is not None:
                 y += bias[0]
 
-        y = self._deltas.around(x, self.shape, lambda: F.linear(x, second, *bias), accumulate)
+        y = self._deltas.around(
+            x, self.shape, lambda: self.product.linear(x, second, *bias), None if self.product.is_quantized else accumulate
+        )
         return y.view(*first.shape[:-1], -1)
 
     def call_apart(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """What the operator linear_apart means: the product and, beside it, its rows' deltas."""
         flat_x = x.reshape(-1, x.shape[-1])
-        both = self._deltas.apart(flat_x, self.shape, lambda: F.linear(flat_x, weight, bias))
+        both = self._deltas.apart(flat_x, self.shape, lambda: self.product.linear(flat_x, weight, bias))
         return tuple(y.view(*x.shape[:-1], -1) for y in both)
 
     def _add_deltas(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

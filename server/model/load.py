@@ -6,17 +6,29 @@ Owns the refusals that come before any weight is read. Local folders only: the A
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from server.model.architectures import VERIFIED
 from server.model.attention import ATTENTION_NAME
 from server.model.base import BaseModel
+from server.model.quantization import Quantization, choose_quantization
+from server.model.quantization.loading import LoadConfig, Tensors, register
 
 
-def load_base(model_dir: Path, dtype: torch.dtype, device: torch.device, *, allow_unverified_architecture: bool = False) -> BaseModel:
-    """The base model of a folder in Hugging Face's layout. ValueError names what is wrong with it."""
+def load_base(
+    model_dir: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    allow_unverified_architecture: bool = False,
+    quantize: str | None = None,
+    quantize_head: bool = False,
+) -> BaseModel:
+    """The base model of a folder in Hugging Face's layout. `quantize`: one of quantization.SCHEMES; a checkpoint that is quantized already
+    says so itself. ValueError names what is wrong with it."""
     config_file = model_dir / "config.json"
     if not config_file.is_file():
         raise ValueError(f"model-id '{model_dir}': there is no config.json")
@@ -28,8 +40,9 @@ def load_base(model_dir: Path, dtype: torch.dtype, device: torch.device, *, allo
             f"architecture '{config.model_type}' is not verified; --allow-unverified-architecture tries it. "
             f"Verified: {', '.join(sorted(VERIFIED))}"
         )
+    quantization = choose_quantization(quantize, _quantization_config(config), head=quantize_head)
     # With a device map each tensor goes from the mapped file straight to the GPU: a g6.xlarge has no room for a copy of the model.
-    model = AutoModelForCausalLM.from_pretrained(
+    model, info = AutoModelForCausalLM.from_pretrained(
         model_dir,
         config=config,
         dtype=dtype,
@@ -37,9 +50,29 @@ def load_base(model_dir: Path, dtype: torch.dtype, device: torch.device, *, allo
         use_safetensors=True,
         local_files_only=True,
         trust_remote_code=False,
+        output_loading_info=True,
         **({} if device.type == "cpu" else {"device_map": {"": device}}),
+        **_load_quantized(quantization, config, model_dir),
     )
-    return BaseModel(model, revision=base_revision(model_dir))
+    if quantization is not None and info["missing_keys"]:
+        raise ValueError(f"model-id '{model_dir}': the checkpoint has no tensor '{sorted(info['missing_keys'])[0]}'")
+    revision = base_revision(model_dir)
+    return BaseModel(model, revision=revision if quantization is None else f"{revision}-{quantization.scheme.name}")
+
+
+def _quantization_config(config: PretrainedConfig) -> dict[str, Any] | None:
+    found = getattr(config, "quantization_config", None)
+    return found if found is None or isinstance(found, dict) else found.to_dict()
+
+
+def _load_quantized(quantization: Quantization | None, config: PretrainedConfig, model_dir: Path) -> dict[str, Any]:
+    """Arguments of from_pretrained that put our linears in place of transformers' own quantizer's."""
+    if quantization is None:
+        return {}
+    register()
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    return {"quantization_config": LoadConfig(quantization, Tensors(model_dir))}
 
 
 def base_revision(model_dir: Path) -> str:

@@ -11,9 +11,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from server.model.attention import AttentionShape, attend
+from server.model.quantization.linear import QuantizedLinear
 from server.types import Site
 
 NUM_TOKENS = 11  # a prime, so that no other dimension of a model is likely to be it
+LINEARS = (nn.Linear, Conv1D, QuantizedLinear)
 _ORDER = [3, 0, 10, 7, 1, 9, 2, 8, 6, 4, 5]
 
 
@@ -85,12 +87,13 @@ def probe(model: nn.Module, decoder: nn.Module, embedding: nn.Module, head: nn.M
         counts[name] = counts.get(name, 0) + 1
         axis = _token_axis(args[0]) if args else None
         if axis is not None and counts[name] == 1 and module not in (embedding, head):
-            is_linear = isinstance(module, (nn.Linear, Conv1D))
+            is_linear = isinstance(module, LINEARS)
             calls.append(_Call(name, module, args[0], axis, not is_linear and _acts_by_token(module, args, out, axis)))
 
     for module in model.modules():
         module.__dict__["manylora_attention"] = attention_of(module)
-        if next(module.parameters(recurse=False), None) is not None and next(module.children(), None) is None:
+        is_leaf = next(module.parameters(recurse=False), None) is not None and next(module.children(), None) is None
+        if is_leaf or isinstance(module, QuantizedLinear):
             handles.append(module.register_forward_hook(on_call))
     try:
         ids = torch.arange(NUM_TOKENS, device=embedding.weight.device)[None]
@@ -109,13 +112,13 @@ def _group(found: Probe, calls: list[_Call]) -> None:
     for call in calls:
         if call.replaceable:
             found.axes[call.name] = call.axis
-        if not isinstance(call.module, (nn.Linear, Conv1D)):
+        if not isinstance(call.module, LINEARS):
             continue
         sibling = (
             previous is not None
             and call.input is previous.input
             and call.name.rpartition(".")[0] == previous.name.rpartition(".")[0]
-            and type(call.module) is type(previous.module) is nn.Linear
+            and type(call.module) is type(previous.module) in (nn.Linear, QuantizedLinear)
             and (call.module.bias is None) == (previous.module.bias is None)
         )
         if sibling:

@@ -2,7 +2,7 @@
 
 On a GPU that is the plain weight. On a CPU it is oneDNN's own blocked layout, through the operators that torch's inductor uses for frozen
 weights: 2.8 to 3.9 times MKL's speed at 1 to 64 rows on the machine of benchmarks/LOG.md. The plain copy is given up there, so nothing is
-held twice. Anything but a plain linear (a quantizer's, a subclass with a forward of its own) computes as it always did.
+held twice. Quantized linears are one product likewise. Anything else (a subclass with a forward of its own) computes as it always did.
 """
 
 import logging
@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from server.model.quantization.linear import QuantizedLinear, QuantizedProduct
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +30,14 @@ class Product:
         ValueError if several modules are given that are not plain linears."""
         self._modules = modules
         self._blocked: torch.Tensor | None = None
-        # The plain weight of all [sum of outs, in] and their bias; None where something else than F.linear of them computes.
+        self._quantized: QuantizedProduct | None = None
+        # The plain weight of all [sum of outs, in] and their bias; None where something else than `linear` of them computes.
         self.weight_of_all: torch.Tensor | None = None
         self.bias_of_all: torch.Tensor | None = None
         self.in_features = modules[0].weight.shape[0] if isinstance(modules[0], Conv1D) else modules[0].in_features
+        if all(isinstance(module, QuantizedLinear) for module in modules):
+            self._use_quantized()
+            return
         if any(type(module) not in _PLAIN for module in modules):
             if len(modules) > 1:
                 raise ValueError("only plain linears can be one product")
@@ -53,11 +59,32 @@ class Product:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._compute(x)
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether only `linear` can multiply: `weight_of_all` says the shape alone."""
+        return self._quantized is not None
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The product, where `weight_of_all` and `bias_of_all` were handed through an operator."""
+        return F.linear(x, weight, bias) if self._quantized is None else self._quantized(x)
+
     def weight(self, index: int) -> torch.Tensor:
-        """The weight of one of the linears: [out, in]."""
+        """The weight of one of the linears: [out, in]; of a quantized one what its codes stand for, in float32."""
+        if self._quantized is not None:
+            return self._quantized.dense(index)
         if self._blocked is None:
             return _dense(self._modules[index])
         return self._blocked.to_dense()[self._bounds[index] : self._bounds[index + 1]]
+
+    def _use_quantized(self) -> None:
+        weights = [module.quantized for module in self._modules]
+        bias = None if self._modules[0].bias is None else torch.cat([module.bias.data for module in self._modules])
+        self._compute = self._quantized = QuantizedProduct(weights, bias)
+        for module in self._modules:
+            module.quantized = None  # nothing is held twice
+        # Nothing in it: who asks the operator for the shape of its result asks this for its number of rows.
+        self.weight_of_all = torch.empty(self._quantized.out_features, 0, device=weights[0].data.device)
+        self.bias_of_all = bias
 
     def _use_shared(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """One weight for all; the modules' own parameters become views of it."""
