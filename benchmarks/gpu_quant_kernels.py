@@ -74,19 +74,22 @@ def random_weight(code: Code, n: int, k: int, device: str = DEVICE) -> Quantized
 
 
 def variations(code: Code, num_rows: int, in_features: int, out_features: int) -> list[Choice]:
-    """The card's choice, then others worth a try: all of them for int4, a part for the other codes."""
-    found: list[Choice] = [choose(card_here(), num_rows, in_features, out_features, code.bits)]
-    whole = code.name == "int4"
-    if num_rows <= 4 and (whole or num_rows == 2):
-        rows = next(n for n in (1, 2, 4) if n >= num_rows)
-        found += [Few(rows, block_n, warps) for block_n in (4, 8, 16) for warps in (2, 4, 8) if block_n * rows <= 32]
-        found += [Tile(16, 64, 8, 4, 4)]
-    elif 4 < num_rows <= 512 and (whole or num_rows in (16, 64, 256)):
-        block_m = next((m for m in (16, 32) if num_rows <= m), 64)
-        sizes = ((64, 4), (128, 4), (128, 8), (256, 8)) if whole else ((64, 4), (128, 8))
-        found += [Tile(block_m, block_n, split, warps, 4) for block_n, warps in sizes for split in (1, 2, 4, 8)]
-    if num_rows >= 64:
-        found += [Dense(rows) for rows in ((2048, 4096, 1 << 30) if whole else (1 << 30,))]
+    """The card's choice, then others worth a try."""
+    found: list[Choice] = [choose(card_here(), num_rows, in_features, out_features, code.code)]
+    block_m = next((m for m in (16, 32) if num_rows <= m), 64)
+    splits = (1, 2, 4, 8) if num_rows <= 64 else (1, 2)
+    if code.bits == 8:
+        shapes = [(64, 4, 4, False), (64, 2, 4, False), (128, 8, 4, False)]
+    else:
+        shapes = [(64, 2, 4, True), (64, 2, 6, True), (32, 2, 4, False), (128, 4, 4, True), (64, 4, 4, False), (128, 8, 4, False)]
+    if num_rows <= 512:
+        found += [Tile(block_m, n, split, warps, stages, ahead) for n, warps, stages, ahead in shapes for split in splits]
+    if 64 < num_rows <= 512:
+        found += [Tile(128, 128, split, 8, 3, ahead) for split in (1, 2) for ahead in (False, True)]
+    if code.bits == 8 and num_rows <= 2:
+        found += [Few(num_rows, n, warps) for n, warps in ((2, 2), (4, 1), (4, 2), (4, 4))]
+    if num_rows >= 32:
+        found += [Dense(rows) for rows in ((4096, 1 << 30) if num_rows > 512 else (1 << 30,))]
     return list(dict.fromkeys(found))
 
 

@@ -19,13 +19,15 @@ class Few(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """`block_n` rows of the weight by `block_m` rows of x a program; K in `split_k` parts, whose sums a second launch adds up."""
+    """`block_n` rows of the weight by `block_m` rows of x a program; K in `split_k` parts, whose sums a second launch adds up. `ahead`:
+    scales of 4-bit codes are loaded a unit before they are used. Two warps a program multiply by mma.sync, four by wgmma where there is."""
 
     block_m: int
     block_n: int
     split_k: int
     warps: int
     stages: int
+    ahead: bool = False
 
 
 class Dense(NamedTuple):
@@ -38,39 +40,61 @@ Choice = Few | Tile | Dense
 
 
 class _Row(NamedTuple):
-    """A line of a card's table."""
+    """A line of a card's table: up to `max_rows` rows. `waves`: programs that are wanted at most, in multiples of the card's SMs."""
 
-    few_rows: int  # up to so many rows `Few`
-    tile_rows: int  # up to so many `Tile`
-    few_block_n: int
-    few_warps: int
-    tile_block_n: int
-    tile_warps: int
-    stages: int
-    waves: int  # programs of `Tile` that are wanted, in multiples of the card's SMs
+    max_rows: int
+    tile: Tile
+    waves: int
+
+
+class _Table(NamedTuple):
+    """A card's table. `few_rows`: the most rows that numbers of 8 bits are multiplied for by Few; 4 bits cost too many instructions there.
+    `scaled_rows`: from so many rows on, e4m3 is multiplied as it is."""
+
+    few_rows: int
+    few: Few
+    tiles_4bit: tuple[_Row, ...]
+    tiles_8bit: tuple[_Row, ...]
+    scaled_rows: int
     dense_bytes: int
 
 
+_AMPERE = _Table(
+    2, Few(2, 4, 2),
+    (_Row(16, Tile(16, 64, 1, 2, 4, True), 6), _Row(32, Tile(32, 64, 1, 2, 4, True), 4), _Row(256, Tile(64, 64, 1, 4, 3), 2)),
+    (_Row(16, Tile(16, 64, 1, 4, 3), 4), _Row(32, Tile(32, 64, 1, 4, 3), 4), _Row(256, Tile(64, 64, 1, 4, 3), 2)),
+    64, 1 << 40,
+)  # fmt: skip
 _TABLES = {
-    "hopper": _Row(4, 128, 8, 4, 64, 4, 4, 4, 32 << 20),
-    # A projection, measured by nobody yet: a byte takes eleven times as long as on Hopper, arithmetic six, so tiles pay for longer.
-    "ada": _Row(4, 256, 8, 4, 64, 4, 3, 4, 24 << 20),
-    "generic": _Row(4, 128, 8, 4, 64, 4, 3, 4, 16 << 20),
-}
+    "hopper": _Table(
+        2, Few(2, 4, 2),
+        (_Row(16, Tile(16, 64, 1, 2, 4, True), 7), _Row(32, Tile(32, 64, 1, 2, 4, True), 5), _Row(128, Tile(64, 128, 1, 4, 4, True), 2)),
+        (_Row(16, Tile(16, 64, 1, 4, 4), 4), _Row(32, Tile(32, 64, 1, 4, 4), 4), _Row(128, Tile(64, 64, 1, 4, 4), 3)),
+        33, 1 << 40,
+    ),
+    # Projections, measured by nobody yet: a byte takes eleven times as long as on Hopper, arithmetic six, so tiles pay for longer.
+    "ada": _AMPERE,
+    "generic": _AMPERE,
+}  # fmt: skip
 
 
-def choose(card: Card, num_rows: int, in_features: int, out_features: int, bits: int) -> Choice:
-    """The way for a product of `num_rows` rows with a weight [out_features, in_features]."""
-    row = _TABLES[card.name]
-    if num_rows <= row.few_rows:
-        rows = next(n for n in (1, 2, 4) if n >= num_rows)
-        return Few(rows, row.few_block_n // (2 if rows == 4 else 1), row.few_warps)  # four rows' sums take twice the registers
-    if num_rows <= row.tile_rows:
-        block_m = next((m for m in (16, 32) if num_rows <= m), 64)
-        tiles = -(-out_features // row.tile_block_n) * -(-num_rows // block_m)
-        depth = max(1, in_features // 256)  # a part of K has at least two units
-        split_k = 1
-        while split_k < min(8, depth) and tiles * split_k * 2 <= card.num_sms * row.waves:
-            split_k *= 2
-        return Tile(block_m, row.tile_block_n, split_k, row.tile_warps, row.stages)
-    return Dense(max(256, row.dense_bytes // (2 * in_features) // 256 * 256))
+def choose(card: Card, num_rows: int, in_features: int, out_features: int, code: str) -> Choice:
+    """The way for a product of `num_rows` rows with a weight [out_features, in_features] of a code."""
+    table = _TABLES[card.name]
+    is_wide = code in ("int8", "fp8")
+    if is_wide and num_rows <= table.few_rows:
+        return table.few._replace(rows=num_rows)
+    if not (code == "fp8" and num_rows >= table.scaled_rows):
+        for row in table.tiles_8bit if is_wide else table.tiles_4bit:
+            if num_rows <= row.max_rows:
+                return row.tile._replace(split_k=_split(row, num_rows, in_features, out_features, card.num_sms))
+    return Dense(max(256, table.dense_bytes // (2 * in_features) // 256 * 256))
+
+
+def _split(row: _Row, num_rows: int, in_features: int, out_features: int, num_sms: int) -> int:
+    """Parts of K: as many as make the wanted number of programs, each of two units at least."""
+    tiles = -(-out_features // row.tile.block_n) * -(-num_rows // row.tile.block_m)
+    split_k = 1
+    while split_k < 8 and in_features >= split_k * 512 and tiles * split_k * 2 <= num_sms * row.waves:
+        split_k *= 2
+    return split_k

@@ -75,11 +75,21 @@ def _number(words, zero, table, FIELD: tl.constexpr, DOT: tl.constexpr, TABLE: t
     return (codes.to(tl.float32) - zero[:, None]).to(DOT)
 
 
+@triton.jit
+def _scale_of(scales, zeros, n, n_in, group, GROUPS, HAS_ZEROS: tl.constexpr):
+    """(scales, zeros) of a group: float32 [n] each; nought of a group that is not there."""
+    inside = n_in & (group < GROUPS)
+    s, z = tl.load(scales + n * GROUPS + group, mask=inside, other=0.0).to(tl.float32), tl.zeros(n.shape, tl.float32)
+    if HAS_ZEROS:
+        z = tl.load(zeros + n * GROUPS + group, mask=inside, other=0.0).to(tl.float32)
+    return s, z
+
+
 @triton.jit(do_not_specialize=["M", "PER"])
 def _tile_4bit(
     x, words, scales, zeros, table, bias, out, M, N, K, PER, x_stride,
     GROUP: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr,
-    HAS_ZEROS: tl.constexpr, WHOLE: tl.constexpr, HAS_BIAS: tl.constexpr, TABLE: tl.constexpr, ASM: tl.constexpr,
+    HAS_ZEROS: tl.constexpr, WHOLE: tl.constexpr, HAS_BIAS: tl.constexpr, TABLE: tl.constexpr, ASM: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """A tile of y = x W^T + bias, or (SPLIT > 1) of a plane of partial sums: out [SPLIT, M, N]. W is the left operand: its tiles stay in
     registers as they were unpacked, x goes through shared memory."""
@@ -91,16 +101,18 @@ def _tile_4bit(
     plane = tl.program_id(2)
     n_in, m_in, wide, c = n < N, m < M, n.to(tl.int64), tl.arange(0, 16)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    if AHEAD:
+        s, z = _scale_of(scales, zeros, wide, n_in, plane * PER * 128 // GROUP, GROUPS, HAS_ZEROS)
     for unit in range(plane * PER, min(plane * PER + PER, UNITS)):
         w = tl.load(words + wide[:, None] * (UNITS * 16) + (unit * 16 + c)[None, :], mask=n_in[:, None], other=0)
         w = w.to(tl.uint32, bitcast=True)
+        if AHEAD:  # the next unit's are asked for before this one's are used: small loads are not made ahead by themselves
+            next_s, next_z = _scale_of(scales, zeros, wide, n_in, (unit + 1) * 128 // GROUP, GROUPS, HAS_ZEROS)
         for part in tl.static_range(PARTS):
-            group = unit * PARTS + part if GROUP < 128 else unit * 128 // GROUP
-            s_in = n_in & (group < GROUPS)
-            s = tl.load(scales + wide * GROUPS + group, mask=s_in, other=0.0).to(tl.float32)
-            z = tl.zeros((BLOCK_N,), tl.float32)
-            if HAS_ZEROS:
-                z = tl.load(zeros + wide * GROUPS + group, mask=s_in, other=0.0).to(tl.float32)
+            if part > 0:
+                s, z = _scale_of(scales, zeros, wide, n_in, unit * PARTS + part, GROUPS, HAS_ZEROS)
+            elif not AHEAD:
+                s, z = _scale_of(scales, zeros, wide, n_in, unit * 128 // GROUP, GROUPS, HAS_ZEROS)
             numbers = _numbers(w, z, table, DOT, WHOLE, TABLE, ASM)
             d = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             for in_part in tl.static_range(FIELDS):
@@ -109,6 +121,8 @@ def _tile_4bit(
                 x_tile = tl.load(x + m.to(tl.int64)[None, :] * x_stride + k[:, None], mask=x_in, other=0.0)  # [16, m]
                 d = tl.dot(numbers[part * FIELDS + in_part], x_tile.to(DOT), d, input_precision="ieee")
             acc += s[:, None] * d
+        if AHEAD:
+            s, z = next_s, next_z
     _store_tile(out, bias, acc, n, m, n_in, m_in, plane, M, N, HAS_BIAS)
 
 
@@ -176,7 +190,7 @@ def tile(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None, y:
         _tile_4bit[grid](
             x, weight.data, weight.scales, weight.scales if weight.zeros is None else weight.zeros, table_on(x.device), a_bias, out, m, n,
             k, per, x.stride(0), GROUP=weight.group, EVEN=even, HAS_ZEROS=weight.zeros is not None, WHOLE=weight.integer_zeros,
-            TABLE=weight.code == "nf4", ASM=asm, **common,
+            TABLE=weight.code == "nf4", ASM=asm, AHEAD=choice.ahead, **common,
         )  # fmt: skip
     if split > 1:
         _sum_planes[(triton.cdiv(m * n, 1024),)](out, a_bias, y, m * n, n, SPLIT=split, BLOCK=1024, HAS_BIAS=bias is not None, num_warps=4)

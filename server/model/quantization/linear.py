@@ -78,4 +78,4 @@ def _multiply(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | Non
         return multiply_reference(x, weight, bias)
     from server.kernels.quantized_kernels import multiply  # needs Triton
 
-    return multiply(x, weight, bias, choose(_card(x.device), len(x), weight.in_features, weight.out_features, weight.bits))
+    return multiply(x, weight, bias, choose(_card(x.device), len(x), weight.in_features, weight.out_features, weight.code))

@@ -138,13 +138,14 @@ def test_wrong_groups_and_inputs_are_refused():
 @pytest.mark.parametrize("card", [card_of((9, 0), 132), card_of((8, 9), 58), card_of((8, 0), 108)], ids=lambda card: card.name)
 def test_choices_cover_every_number_of_rows(card):
     for k, n in ((4096, 6144), (4096, 28672), (14336, 4096), (576, 960), (64, 96)):
-        ways = [choose(card, rows, k, n, 4) for rows in range(1, 600)]
-        kinds = [type(way) for way in ways]
-        assert kinds == sorted(kinds, key=[Few, Tile, Dense].index) and set(kinds) == {Few, Tile, Dense}
-        for rows, way in enumerate(ways, 1):
-            if isinstance(way, Few):
-                assert way.rows >= rows and way.rows in (1, 2, 4)
-            elif isinstance(way, Tile):
-                assert way.block_m >= min(rows, 64) and 1 <= way.split_k <= 8
-            else:
-                assert way.block_rows > 0
+        for code, expected in (("int4", {Tile, Dense}), ("nf4", {Tile, Dense}), ("int8", {Few, Tile, Dense}), ("fp8", {Few, Tile, Dense})):
+            ways = [choose(card, rows, k, n, code) for rows in range(1, 600)]
+            kinds = [type(way) for way in ways]
+            assert kinds == sorted(kinds, key=[Few, Tile, Dense].index) and set(kinds) == expected
+            for rows, way in enumerate(ways, 1):
+                if isinstance(way, Few):
+                    assert way.rows >= rows and way.rows in (1, 2, 4)
+                elif isinstance(way, Tile):
+                    assert way.block_m >= min(rows, 64) and way.split_k in (1, 2, 4, 8)
+                else:
+                    assert way.block_rows > 0
