@@ -31,6 +31,7 @@ class OurEngine:
         self.plan = plan
         self.core: EngineCore
         self.core, base, self.phases = build_engine(plan.engine_options(), on_phase=lambda phase: print(f"ours: {phase}", flush=True))
+        self.weight_bytes = base.weight_bytes
         self._layout = msgspec.msgpack.encode(base.layout)
         Path(plan.layout).write_bytes(self._layout)
         self._refs: dict[str, list[AdapterRef]] = {}

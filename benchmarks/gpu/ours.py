@@ -25,7 +25,14 @@ def main(plan_path: str, rows_path: str) -> int:
     engine = OurEngine(plan)
     start_s = time.monotonic() - started_at
     common = {"engine": "ours", "versions": installed()}
-    append_row(rows, common | {"part": "start", "case": "in process", "seconds": round(start_s, 2), "phases": engine.phases})
+    start = {
+        "part": "start",
+        "case": "in process",
+        "seconds": round(start_s, 2),
+        "phases": engine.phases,
+        "weight_bytes": engine.weight_bytes,
+    }
+    append_row(rows, common | start)
     for adapters in dict.fromkeys(case.adapters for case in plan.cases if case.adapters):
         engine.prepare(adapters)
     for case in warm_up_cases(plan.cases):

@@ -15,13 +15,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from server.engine import build
 from server.model.attention import ATTENTION_NAME
 from server.model.base import BaseModel
+from server.model.quantization import choose_quantization
+from server.model.quantization.loading import quantize_model
 
 STD = 0.02
 
 
 @torch.no_grad()
-def random_base(model_dir: Path, dtype: torch.dtype, device: torch.device, **_: Any) -> BaseModel:
-    """A BaseModel of the folder's config. The same seed gives the same weights, so packs made for one process serve the next."""
+def random_base(
+    model_dir: Path, dtype: torch.dtype, device: torch.device, *, quantize: str | None = None, quantize_head: bool = False, **_: Any
+) -> BaseModel:
+    """A BaseModel of the folder's config, quantized where it is. The same seed gives the same weights, so packs made for one process serve
+    the next."""
     config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
     torch.manual_seed(0)
     with torch.device(device):
@@ -29,6 +34,8 @@ def random_base(model_dir: Path, dtype: torch.dtype, device: torch.device, **_: 
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.normal_(0, STD)
+    if (quantization := choose_quantization(quantize, None, head=quantize_head)) is not None:
+        quantize_model(model, quantization)
     return BaseModel(model, revision="random")
 
 

@@ -103,6 +103,7 @@ def use_arena(base: BaseModel, options: EngineOptions, backends: Backends, memor
     base.use_operators(tiling, compile_layers=backends.compile_layers)
     if base.device.type == "cuda":
         tiling.warm_up(base.group_shapes)
+        base.warm_up(options.max_batch_tokens)
     return arena, tiling
 
 

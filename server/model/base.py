@@ -138,6 +138,19 @@ class BaseModel:
         """The decoder's groups as kernels.grouped knows them, by index."""
         return [group.shape for group in self.groups if not isinstance(group, HeadGroup)]
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the base's weights on its device."""
+        held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.model.parameters()}
+        return sum(held.values()) + sum(group.product.quantized_bytes for group in self.groups)
+
+    @torch.inference_mode()
+    def warm_up(self, max_rows: int) -> None:
+        """Have the kernels of quantized products compiled: the first step that needs one would stop everybody for seconds."""
+        seen: set[tuple] = set()
+        for group in self.groups:
+            group.product.warm_up(max_rows, self.dtype, seen)
+
     def attach_cache(self, num_blocks: int, block_size: int) -> None:
         """Allocate the keys' and values' blocks and connect every attention layer to them."""
         self.attach_attention(PagedAttention.allocate(self.attention_shapes, num_blocks, block_size, self.dtype, self.device))

@@ -76,6 +76,16 @@ class Product:
             return _dense(self._modules[index])
         return self._blocked.to_dense()[self._bounds[index] : self._bounds[index + 1]]
 
+    @property
+    def quantized_bytes(self) -> int:
+        """Bytes of a quantized weight, which is no parameter of any module."""
+        return 0 if self._quantized is None else sum(weight.num_bytes for weight in self._quantized.weights)
+
+    def warm_up(self, max_rows: int, dtype: torch.dtype, seen: set[tuple]) -> None:
+        """Have what a quantized product of up to so many rows needs compiled; of a plain one nothing is."""
+        if self._quantized is not None:
+            self._quantized.warm_up(max_rows, dtype, seen)
+
     def _use_quantized(self) -> None:
         weights = [module.quantized for module in self._modules]
         bias = None if self._modules[0].bias is None else torch.cat([module.bias.data for module in self._modules])

@@ -11,7 +11,7 @@ from torch import nn
 
 from server.kernels.launch import Card, card_of
 from server.kernels.quantized import QuantizedWeight, dequantize, multiply_reference, together
-from server.kernels.quantized_launch import choose
+from server.kernels.quantized_launch import Tile, choose
 
 
 class QuantizedLinear(nn.Module):
@@ -58,6 +58,27 @@ class QuantizedProduct:
             y = torch.cat(parts, 1)
             y = y if self.bias is None else y.add_(self.bias)
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def warm_up(self, max_rows: int, dtype: torch.dtype, seen: set[tuple]) -> None:
+        """Have the kernels of products of up to `max_rows` rows compiled. `seen`: what was compiled for others, added to."""
+        device = self.weights[0].data.device
+        for weight in self.weights:
+            for num_rows in sorted({*range(1, min(max_rows, 512) + 1), max_rows}):
+                choice = choose(_card(device), num_rows, weight.in_features, weight.out_features, weight.code)
+                in_parts = isinstance(choice, Tile) and choice.split_k
+                kind = (
+                    weight.code,
+                    weight.group,
+                    weight.in_features,
+                    weight.integer_zeros,
+                    self.bias is None,
+                    type(choice),
+                    in_parts,
+                    choice[:2],
+                )
+                if kind not in seen:
+                    seen.add(kind)
+                    _multiply(torch.zeros(num_rows, weight.in_features, dtype=dtype, device=device), weight, self.bias)
 
     def dense(self, index: int) -> torch.Tensor:
         """The weight of one of the linears, made anew: float32 [out, in]."""

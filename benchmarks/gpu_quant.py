@@ -1,0 +1,134 @@
+"""Quantized bases with adapters on top: speed and memory on a GPU, and what rounding does to the embedded model's perplexity.
+
+    python -m benchmarks.gpu_quant --out rows.jsonl                      # on the GPU: every scheme, as long as --limit-s allows
+    python -m benchmarks.gpu_quant --perplexity --out perplexity.jsonl   # on a CPU, with the embedded model
+    python -m benchmarks.gpu_quant --table FILE.. [--save]
+
+Speed: Mistral-7B's shape with random weights, rounded at the start as a checkpoint would be; each scheme in a process of its own, rows
+appended as they come. Perplexity: of SmolLM2-135M on the reference that Python carries with it (pydoc_data.topics). The embedded model was
+4-bit once (Q4_1), which flatters what 4 bits do to it.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.__main__ import _default_work, _option
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.models import MODELS, write_model
+from benchmarks.gpu.offline import run_ours
+from benchmarks.gpu.rows import read_rows, stamp
+from benchmarks.gpu.workloads import AdapterSet, Case, sizes, throughput_case
+
+SCHEMES = ("bf16", "int4", "fp8", "int8", "hqq", "nf4")
+
+
+def cases(model: str, names: Sequence[str]) -> list[Case]:
+    """Decode at 1 and 64 rows and 768 requests at once, each with and without adapters; the names that are asked for."""
+    of = sizes(model)
+    qv = AdapterSet(of.few.rank, "qv", of.few.count)
+    one, many = of.decode_batches[:2]
+    found = []
+    for batch, adapters, count in ((one, None, 0), (one, of.few, 1), (many, None, 0), (many, qv, qv.count), (many, of.few, of.few.count)):
+        name = f"decode{batch} " + (f"{adapters.name} x{count}" if adapters else "base")
+        found.append(Case("decode", name, batch, of.decode_prompt_len, of.decode_num_new, adapters, count))
+    found += [throughput_case("offline", of, None), throughput_case("offline", of, of.few)]
+    return [case for case in found if not names or any(case.name.startswith(name) or case.part == name for name in names)]
+
+
+def measure(arguments: argparse.Namespace) -> bool:
+    """Every scheme while there is time. False if one of them did not come to its end."""
+    work = arguments.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    deadline_at = time.monotonic() + arguments.limit_s
+    bench = Bench(
+        model=arguments.model,
+        model_dir=write_model(work, arguments.model),
+        device=arguments.device,
+        work=work,
+        out=arguments.out,
+        stamp=stamp(arguments.model, arguments.device, arguments.commit),
+        repeats=arguments.repeats,
+        vllm_repeats=0,
+        deadline_at=deadline_at,
+        options=dict(arguments.option),
+        vllm_site=None,
+        vllm_options={},
+        max_loras=(),
+        num_clients=0,
+    )
+    done = True
+    for scheme in arguments.scheme:
+        left_s = deadline_at - time.monotonic()
+        if left_s < arguments.least_s:
+            print(f"{scheme}: no time left", flush=True)
+            done = False
+            continue
+        own = {} if scheme == "bf16" else {"quantize": scheme}
+        one = replace(
+            bench,
+            options=bench.options | own,
+            stamp=bench.stamp | {"scheme": scheme},
+            deadline_at=time.monotonic() + min(left_s, arguments.scheme_limit_s),
+        )
+        started_at = time.monotonic()
+        ended = run_ours(one, cases(arguments.model, arguments.case))
+        print(f"{scheme}: {'done' if ended else 'not all of it'} in {time.monotonic() - started_at:.0f} s", flush=True)
+        done &= ended
+    return done
+
+
+def main(argv: Sequence[str]) -> int:
+    """0 if all that was asked for is measured, 1 if something of it is missing, 2 for arguments that cannot be."""
+    arguments = _parse(argv)
+    try:
+        if arguments.table:
+            from benchmarks.gpu_quant_table import make_result, save, table
+
+            result = make_result(read_rows(arguments.table))
+            print(table(result))
+            if arguments.save:
+                print(f"\nwrote {save(result)}")
+            print(json.dumps({"benchmark": "gpu_quant", "figures": result["figures"]}))
+            return 0
+        if arguments.perplexity:
+            from benchmarks.gpu_quant_perplexity import measure_perplexity
+
+            return 0 if measure_perplexity(arguments.out, arguments.tokens) else 1
+        return 0 if measure(arguments) else 1
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_quant", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--perplexity", action="store_true", help="of the embedded model, on a CPU")
+    parser.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="make the table of these files of rows")
+    parser.add_argument("--save", action="store_true", help="with --table: keep the result under benchmarks/results")
+    parser.add_argument("--out", type=Path, default=Path("quant.jsonl"), help="file that rows are appended to (%(default)s)")
+    parser.add_argument("--scheme", nargs="+", choices=SCHEMES, default=list(SCHEMES), help="in this order (all)")
+    parser.add_argument("--case", nargs="+", default=[], metavar="NAME", help="beginnings of cases' names, or 'decode', 'offline' (all)")
+    parser.add_argument("--tokens", type=int, default=8192, help="of the text, for the perplexity (%(default)s)")
+    parser.add_argument("--model", choices=sorted(MODELS), default="mistral-7b")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
+    parser.add_argument("--work", type=Path, default=_default_work(), help="folder for adapters and packs (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=2, help="of each measurement, while there is time (2)")
+    parser.add_argument("--limit-s", type=float, default=520.0, help="seconds for the whole call (520)")
+    parser.add_argument("--scheme-limit-s", type=float, default=240.0, help="seconds for one scheme (240)")
+    parser.add_argument("--least-s", type=float, default=45.0, help="seconds without which a scheme is not begun (45)")
+    parser.add_argument("--option", nargs="*", type=_option, default=[("max_batch_tokens", "4096")], metavar="NAME=VALUE")
+    parser.add_argument("--commit", help="the commit that is measured, where git cannot say it")
+    arguments: Any = parser.parse_args(argv)
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
