@@ -169,6 +169,8 @@ def engine_options(settings: Settings, model: ServedModel) -> EngineOptions:
         overlap=settings.overlap,
         num_threads=settings.num_threads,
         allow_unverified_architecture=settings.allow_unverified_architecture,
+        quantize=settings.quantize,
+        quantize_head=settings.quantize_head,
     )
 
 

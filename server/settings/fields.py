@@ -7,7 +7,9 @@ engine fill it in, and the result is logged once at start. `lorax` names the env
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, field_validator, model_validator
+
+from server.settings.foreign import scheme_of
 
 GiB = 1 << 30
 AUTO_TOTAL_TOKENS = 4096  # LoRAX's bound on what it takes from the model's config when nothing is said
@@ -31,6 +33,13 @@ class Settings(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _set(
         "auto", "Model", "What to compute in; auto: float32 on a CPU, the checkpoint's on a GPU.", lorax="DTYPE"
     )
+    quantize: Literal["fp8", "int8", "int4", "hqq", "nf4", "int8-bnb", "awq", "gptq"] | None = _set(
+        None,
+        "Model",
+        "Hold the base's linears in few bits (docs/quantization.md); auto: as the checkpoint is. LoRAX's names are understood.",
+        lorax="QUANTIZE",
+    )
+    quantize_head: bool = _set(False, "Model", "Quantize the output head too, where quantize does it while loading.")
     device: str = _set("auto", "Model", "auto, cpu, cuda or cuda:N.", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     allow_unverified_architecture: bool = _set(False, "Model", "Serve an architecture that the test suite does not cover.")
 
@@ -168,10 +177,17 @@ class Settings(BaseModel):
     json_output: bool = _set(False, "Server", "Log lines as JSON.", lorax="JSON_OUTPUT")
     # fmt: on
 
+    @field_validator("quantize", mode="before")
+    @classmethod
+    def _understand(cls, value: Any) -> Any:
+        return scheme_of(value) if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         if self.num_blocks is not None and self.kv_cache_bytes is not None:
             raise ValueError("num_blocks and kv_cache_bytes exclude each other")
+        if self.quantize_head and self.quantize in (None, "awq", "gptq"):
+            raise ValueError("quantize_head needs a scheme that quantizes while loading: fp8, int8, int4, hqq, nf4 or int8-bnb")
         if self.cors_allow_credentials and "*" in self.cors_allow_origin:
             raise ValueError("cors_allow_credentials needs the origins by name: browsers take no * with it")
         if self.max_input_length and self.max_total_tokens and self.max_input_length >= self.max_total_tokens:

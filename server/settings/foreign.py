@@ -20,7 +20,6 @@ class Foreign:
 SAME = Foreign("")
 _ON, _OFF = ("true",), ("false",)
 _ONE_GPU = "one process drives one GPU; start a server on each and balance between them"
-_QUANTIZED = "nothing is quantized while loading"
 _SIZED = "memory is measured at start; set what it is divided into"
 _NO_CODE = "code that comes with a model is never run"
 _COMPILED = "the server decides at start"
@@ -36,7 +35,7 @@ LORAX: dict[str, Foreign] = {
     "validation-workers": Foreign("requests are checked in the event loop, long texts in threads"),
     "sharded": Foreign(_ONE_GPU, asks_nothing=_OFF),
     "num-shard": Foreign(_ONE_GPU, asks_nothing=("1",)),
-    "quantize": Foreign(_QUANTIZED),
+    "quantize": SAME,
     "compile": Foreign(_COMPILED, asks_nothing=_ON),
     "eager": Foreign(_COMPILED, asks_nothing=_OFF),
     "compile-max-batch-size": Foreign(_COMPILED, instead="max-batch-size"),
@@ -130,7 +129,7 @@ VLLM: dict[str, Foreign] = {
     "tensor-parallel-size": Foreign(_ONE_GPU, asks_nothing=("1",)),
     "pipeline-parallel-size": Foreign(_ONE_GPU, asks_nothing=("1",)),
     "data-parallel-size": Foreign(_ONE_GPU, asks_nothing=("1",)),
-    "quantization": Foreign(_QUANTIZED),
+    "quantization": Foreign("", instead="quantize"),
     "kv-cache-dtype": Foreign("that of the model", asks_nothing=("auto",)),
     "tokenizer": Foreign("tokenizer.json is read from the model's folder"),
     "chat-template": Foreign("the model's folder brings it; an adapter may bring its own"),
@@ -145,6 +144,31 @@ VLLM: dict[str, Foreign] = {
     "otlp-traces-endpoint": Foreign("OTLP over HTTP", instead="otlp-endpoint"),
     "disable-log-requests": Foreign("prompts are never logged", asks_nothing=_ON),
 }
+
+# LoRAX's values of --quantize: ours, or why not.
+QUANTIZE = {
+    "bitsandbytes": "int8-bnb",
+    "bitsandbytes-nf4": "nf4",
+    "eetq": "int8",  # the same numbers: 8 bits, a scale for each output
+    "hqq-4bit": "hqq",
+}
+NOT_QUANTIZE = {
+    "bitsandbytes-fp4": "nf4 has the same size and a smaller error: use bitsandbytes-nf4",
+    "hqq-3bit": "3 bits lie in 4 here, so nothing is saved: use hqq-4bit",
+    "hqq-2bit": "2 bits without data to fit them to lose too much: use hqq-4bit",
+    "fp8-kv": "keys and values are in the model's type; use fp8 for the weights",
+    "fp8_kv": "keys and values are in the model's type; use fp8 for the weights",
+    "exl2": "its checkpoints are not read",
+    "marlin": "a layout of GPTQ's weights, not a scheme: use gptq",
+}
+
+
+def scheme_of(name: str) -> str:
+    """Our name of a value of --quantize. ValueError with the reason for one of LoRAX's that there is not; others are left as they are."""
+    if name in NOT_QUANTIZE:
+        raise ValueError(f"'{name}' is LoRAX's and not here: {NOT_QUANTIZE[name]}")
+    return QUANTIZE.get(name, name)
+
 
 # LoRAX reads each flag from the environment too. What other programs set as well is left alone, single common words for example.
 _NOT_ITS_OWN = ("master-addr", "master-port", "huggingface-hub-cache")

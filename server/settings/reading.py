@@ -157,6 +157,7 @@ def _may_be_none(field: FieldInfo) -> bool:
 
 def _metavar(field: FieldInfo) -> str:
     kinds = [kind for kind in (typing.get_args(field.annotation) or (field.annotation,)) if kind is not type(None)]
+    kinds = list(typing.get_args(kinds[0])) if typing.get_origin(kinds[0]) is typing.Literal else kinds
     if all(isinstance(kind, str) for kind in kinds):  # a Literal
         return "{" + ",".join(kinds) + "}"
     names = {"str": "TEXT", "Path": "DIR", "int": "N", "float": "X", "bool": "true|false", "ByteSize": "BYTES", "SecretStr": "KEY"}

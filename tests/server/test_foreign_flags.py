@@ -1,10 +1,12 @@
 """Flags of LoRAX and vLLM: each works, or is refused with the reason or the name to use; docs/flags.md says the same."""
 
+import typing
+
 import pytest
 
 from docs.flag_tables import lorax_flags, vllm_flags
 from server.settings import Settings, SettingsError, read_settings
-from server.settings.foreign import LORAX, LORAX_VARIABLES, SAME, VLLM
+from server.settings.foreign import LORAX, LORAX_VARIABLES, NOT_QUANTIZE, QUANTIZE, SAME, VLLM
 
 FOREIGN = [(owner, name) for owner, flags in (("LoRAX", LORAX), ("vLLM", VLLM)) for name in flags]
 
@@ -58,14 +60,32 @@ def test_words(flags: list[str], words: str | None) -> None:
 
 
 def test_variables_are_read_like_the_flags() -> None:
-    with pytest.raises(SettingsError, match="environment variable QUANTIZE is LoRAX's; not here"):
-        read(env={"QUANTIZE": "awq"})
+    assert read(env={"QUANTIZE": "awq"}).quantize == "awq"
     assert read(env={"NUM_SHARD": "1", "SHARDED": "", "COMPILE": "x", "MASTER_ADDR": "x", "HUGGINGFACE_HUB_CACHE": "/data"}) == read()
     cors = read(env={"CORS_ALLOW_ORIGIN": "https://a, https://b", "CORS_ALLOW_CREDENTIALS": "true"})
     assert cors.cors_allow_origin == ["https://a", "https://b"] and cors.cors_allow_credentials is True
     for variable, name in LORAX_VARIABLES.items():
         field = Settings.model_fields.get(name.replace("-", "_"))
         assert field is None or field.json_schema_extra["lorax"] == variable, f"{name}: LoRAX reads {variable}"
+
+
+def test_loraxs_quantizations_are_ours_or_have_a_reason() -> None:
+    # server/src of lorax-launcher 0.12: the values of --quantize
+    theirs = ["bitsandbytes", "bitsandbytes-nf4", "bitsandbytes-fp4", "gptq", "awq", "eetq", "hqq-4bit", "hqq-3bit", "hqq-2bit", "exl2",
+              "fp8", "fp8-kv"]  # fmt: skip
+    ours = typing.get_args(typing.get_args(Settings.model_fields["quantize"].annotation)[0])
+    for name in theirs:
+        if name in NOT_QUANTIZE:
+            with pytest.raises(SettingsError) as caught:
+                read("--quantize", name)
+            assert f"'{name}' is LoRAX's and not here: {NOT_QUANTIZE[name]}" in str(caught.value)
+        else:
+            assert read("--quantize", name).quantize == QUANTIZE.get(name, name) and QUANTIZE.get(name, name) in ours
+    with pytest.raises(SettingsError, match="--quantize .flag.: Input should be 'fp8', 'int8'"):
+        read("--quantize", "int5")
+    assert read("--quantize", "auto").quantize is None
+    with pytest.raises(SettingsError, match="quantize_head needs a scheme that quantizes while loading"):
+        read("--quantize", "awq", "--quantize-head")
 
 
 def test_the_launchers_line_starts_us_too() -> None:

@@ -7,6 +7,7 @@ with the weights that the codes stand for, and PEFT on it: logits within 1e-4 in
 import json
 import random
 import shutil
+import typing
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from server.model.quantization import SCHEMES, choose_quantization, hqq
 from server.model.quantization.linear import QuantizedLinear
 from server.model.quantization.loading import quantize_model
 from server.model.quantization.scheme import grouped
+from server.settings import Settings
 from server.types import EngineOptions, EngineRequest, SamplingParams
 from tests.server.engine.peft_oracle import pack, save_adapter
 from tests.server.engine.tiny_models import VOCAB, make_model
@@ -112,6 +114,14 @@ def test_every_scheme_has_a_case():
     assert {scheme for scheme, _ in CASES} == set(SCHEMES)
     assert all(scheme.quantize or scheme.reader for scheme in SCHEMES.values())
     assert all((scheme.reader is None) == (scheme.method is None) for scheme in SCHEMES.values())
+
+
+def test_the_settings_know_every_scheme():
+    assert set(typing.get_args(typing.get_args(Settings.model_fields["quantize"].annotation)[0])) == set(SCHEMES)
+    assert {name for name, scheme in SCHEMES.items() if scheme.quantize is None} == {
+        "awq",
+        "gptq",
+    }  # what Settings lets --quantize-head with
 
 
 @pytest.mark.parametrize("name", ON_THE_FLY)
