@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from server.settings import Settings
-from server.settings.foreign import LORAX, LORAX_VARIABLES, VLLM, Foreign
+from server.settings.foreign import LORAX, LORAX_VARIABLES, NOT_QUANTIZE, QUANTIZE, VLLM, Foreign
 
 
 def lorax_flags() -> str:
@@ -14,6 +14,14 @@ def lorax_flags() -> str:
 def vllm_flags() -> str:
     """The flags of vLLM's server that its users set."""
     return _table(VLLM, with_variable=False)
+
+
+def quantization_names() -> str:
+    """LoRAX's values of --quantize that are called otherwise here, or refused."""
+    rows = ["| LoRAX's name | here | why |", "|---|---|---|"]
+    rows += [f"| `{name}` | `{ours}` | |" for name, ours in QUANTIZE.items()]
+    rows += [f"| `{name}` | refused | {why} |" for name, why in NOT_QUANTIZE.items()]
+    return "\n".join(rows)
 
 
 def _table(flags: Mapping[str, Foreign], *, with_variable: bool) -> str:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import gpu_quant_table
 from benchmarks.gpu.table import readme_table
 from docs import deploy_tables, edge_tables, flag_tables, measured, openai_tables, parity, server_settings, sizing_tables
 from server.adapters.config import FIELDS
@@ -81,6 +82,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "architectures": architectures,
     "cpu_benchmark": cpu_benchmark,
     "gpu_benchmark": gpu_benchmark,
+    "quantizations": gpu_quant_table.newest,
+    "quantization_names": flag_tables.quantization_names,
     **deploy_tables.TABLES,
     **edge_tables.TABLES,
     **sizing_tables.TABLES,

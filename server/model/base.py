@@ -142,7 +142,7 @@ class BaseModel:
     def weight_bytes(self) -> int:
         """Bytes of the base's weights on its device."""
         held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.model.parameters()}
-        return sum(held.values()) + sum(group.product.quantized_bytes for group in self.groups)
+        return sum(held.values()) + sum(group.product.own_bytes for group in self.groups)
 
     @torch.inference_mode()
     def warm_up(self, max_rows: int) -> None:

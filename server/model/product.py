@@ -77,9 +77,11 @@ class Product:
         return self._blocked.to_dense()[self._bounds[index] : self._bounds[index + 1]]
 
     @property
-    def quantized_bytes(self) -> int:
-        """Bytes of a quantized weight, which is no parameter of any module."""
-        return 0 if self._quantized is None else sum(weight.num_bytes for weight in self._quantized.weights)
+    def own_bytes(self) -> int:
+        """Bytes of a weight that is no parameter of any module: a quantized one's, or oneDNN's copy."""
+        if self._quantized is not None:
+            return sum(weight.num_bytes for weight in self._quantized.weights)
+        return 0 if self._blocked is None else self._bounds[-1] * self.in_features * self._blocked.dtype.itemsize
 
     def warm_up(self, max_rows: int, dtype: torch.dtype, seen: set[tuple]) -> None:
         """Have what a quantized product of up to so many rows needs compiled; of a plain one nothing is."""

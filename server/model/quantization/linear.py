@@ -3,6 +3,7 @@
 Owns the choice between the kernels (on a GPU with Triton) and the plain meaning (else). It does not know how the weight came to be.
 """
 
+import logging
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -12,6 +13,8 @@ from torch import nn
 from server.kernels.launch import Card, card_of
 from server.kernels.quantized import QuantizedWeight, dequantize, multiply_reference, together
 from server.kernels.quantized_launch import Tile, choose
+
+log = logging.getLogger(__name__)
 
 
 class QuantizedLinear(nn.Module):
@@ -43,6 +46,8 @@ class QuantizedProduct:
         merged = together(weights)
         self.weights, self.bias = list(weights) if merged is None else [merged], bias
         self._outs = [weight.out_features for weight in weights]
+        if merged is None:
+            log.info("%d linears that read the same input are products of their own: they are quantized differently", len(weights))
 
     @property
     def out_features(self) -> int:
