@@ -21,12 +21,9 @@ def make_result(rows: Sequence[Row]) -> dict[str, Any]:
     """The newest run's rows by scheme, with perplexities beside them. ValueError if there is no speed of bf16 to compare with."""
     speeds = [row for row in rows if row.get("scheme") and "gpu" in row and row["part"] in ("decode", "offline", "start")]
     perplexities = {row["scheme"]: row for row in rows if row["part"] == "perplexity"}
-    schemes = {
-        scheme: _scheme([row for row in speeds if row["scheme"] == scheme])
-        for scheme in _ORDER
-        if any(r["scheme"] == scheme for r in speeds)
-    }
-    if speeds and "bf16" not in schemes:
+    measured = {row["scheme"] for row in speeds} | {"bf16" if name == "as it is" else name for name in perplexities}
+    schemes = {scheme: _scheme([row for row in speeds if row["scheme"] == scheme]) for scheme in _ORDER if scheme in measured}
+    if "bf16" not in schemes:
         raise ValueError("there is no row of bf16")
     for scheme, values in schemes.items():
         found = perplexities.get("as it is" if scheme == "bf16" else scheme)
@@ -92,7 +89,9 @@ def table(result: dict[str, Any]) -> str:
         )  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     machine, text = result["machine"], result["text"]
-    if machine:
+    if not machine:
+        lines.append("\nSpeed: not measured on a GPU yet.")
+    else:
         versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
         lines.append(f"\nSpeed: {machine['day']}, commit {machine['commit']}, {machine['gpu']}, {machine['model']}'s shape; {versions}.")
     if text:
@@ -119,8 +118,8 @@ def newest() -> str:
 
 
 def save(result: dict[str, Any]) -> Path:
-    """Write the result under the day and the commit."""
+    """Write the result under the day and the commit; perplexities alone under a name that any speed is newer than."""
     machine = result["machine"]
-    path = RESULTS / f"quant-{machine['day']}-{machine['commit']}.json"
+    path = RESULTS / f"quant-{machine['day']}-{machine['commit']}.json" if machine else RESULTS / "quant-0-perplexity.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path

@@ -1,4 +1,4 @@
-"""Quantized bases in the whole engine on a GPU: bfloat16, FlashInfer, compiled layers, captured steps; the base and adapters in one batch."""
+"""Quantized bases in the whole engine on a GPU: FlashInfer, compiled layers, captured steps; the base and adapters in one batch."""
 
 import random
 
