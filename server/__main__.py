@@ -1,4 +1,6 @@
-"""`python -m server`: settings read, logged once, served. The only place that reads the command line and the environment."""
+"""`python -m server`: settings read, logged once, served; `python -m server NAME ...` runs a command of server.commands.
+
+The only place that reads the command line and the environment."""
 
 import json
 import logging
@@ -9,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
 
+from server import commands
 from server.settings import Settings, SettingsError, read_settings
 
 log = logging.getLogger("server")
@@ -39,7 +42,9 @@ def set_up_logging(settings: Settings) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Serve until a signal; 0 after a clean end, 1 if the engine could not start, 2 for settings that cannot be."""
+    """Serve until a signal; 0 after a clean end, 1 if the engine could not start, 2 for settings that cannot be. Or run a command."""
+    if argv and not argv[0].startswith("-"):
+        return commands.run(argv, os.environ)
     try:
         settings = read_settings(argv, os.environ)
         from server.api.base_model import ServedModel  # after the settings: a wrong flag is answered at once

@@ -22,8 +22,9 @@ RANKS = {
     "model": 3,
     "engine": 4,
     "api": 4,
-    "__main__": 5,
+    "commands": 5,
     "host": 5,
+    "__main__": 6,
 }
 TORCH_FREE = [
     "sources",
@@ -33,6 +34,7 @@ TORCH_FREE = [
     "api",
     "settings",
     "metrics",
+    "commands",
     "__main__",
     "host",
     "engine.sequence",
@@ -103,7 +105,7 @@ def test_the_api_half_never_loads_torch():
     modules = ", ".join(f"server.{name}" for name in TORCH_FREE)
     code = f"import importlib, pkgutil, sys\nimport {modules}\n"
     code += (
-        "for name in ('sources', 'ipc', 'adapters', 'api', 'settings'):\n"
+        "for name in ('sources', 'ipc', 'adapters', 'api', 'settings', 'commands'):\n"
         "    package = sys.modules['server.' + name]\n"
         "    for found in pkgutil.walk_packages(package.__path__, package.__name__ + '.'):\n"
         "        importlib.import_module(found.name)\n"
