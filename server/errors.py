@@ -16,6 +16,7 @@ class ServerError(Exception):
         self.param = param  # the request's field that is at fault, where there is one
         self.code: str | None = None  # OpenAI's name of the fault, where its clients look for one
         self.retry_after_s = retry_after_s
+        self.headers: dict[str, str] = {}  # what a response says beside it
 
 
 class ValidationFailed(ServerError):
@@ -104,6 +105,14 @@ class Overloaded(ServerError):
 
     def __init__(self, message: str = "Model is overloaded", *, retry_after_s: float = 1.0, param: str | None = None) -> None:
         super().__init__(message, param=param, retry_after_s=retry_after_s)
+
+
+class LimitReached(Overloaded):
+    """A tenant or an adapter has as much as it may; the message names the limit."""
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0, param: str | None = None) -> None:
+        super().__init__(message, retry_after_s=retry_after_s, param=param)
+        self.code = "rate_limit_exceeded"
 
 
 class Unavailable(ServerError):

@@ -110,6 +110,20 @@ class AdapterSeries:
         return ("_merged" if adapter == "_merged" else "_other", "")
 
 
+class TenantSeries:
+    """What tenants add, if there are any. Their reasons and limits are from closed sets; tenants have no series of their own."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.valid = Gauge("manylora_tenants_file_valid", "Whether the tenants file as it is now is in force", registry=registry)
+        self.tenants = Gauge("manylora_tenants", "Tenants that the file names", registry=registry)
+        self.refused = Counter(
+            "manylora_callers_refused", "Requests without a credential that holds, by reason", ["reason"], registry=registry
+        )
+        self.limited = Counter(
+            "manylora_limit_refusals", "Requests refused by a limit of a tenant or adapter", ["limit"], registry=registry
+        )
+
+
 class Metrics:
     """All series of one server, in a registry of their own.
 

@@ -1,8 +1,11 @@
-"""/v1/adapters: what there is, and orders about it; vLLM's two routes of the same kind. All of it for whoever shows the admin key.
+"""/v1/adapters: what there is, and orders about it; vLLM's two routes of the same kind. For whoever shows the admin key, and for tenants
+about what is their own.
 
-Owns the requests' meaning in HTTP; api.publishing carries orders out, api.adapter_status says what is.
+Owns the requests' meaning in HTTP; api.publishing carries orders out, api.adapter_status says what is, tenants.access whose it is.
 """
 
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Annotated, Any
 
@@ -10,15 +13,17 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import PlainTextResponse, Response
 
 from server.api.adapters import AdapterSelection
-from server.api.admin import AdminApi, admin_responses
+from server.api.admin import OrdersApi, admin_responses
 from server.api.body import body_docs, read_body
+from server.api.names import shown
 from server.api.publishing import Order, Publisher
 from server.api.sampling import refuse
 from server.api.schemas_adapters import AdapterList, AdapterRow, DeletedAdapter, LoadLoraRequest, PublishRequest, UnloadLoraRequest
 from server.api.schemas_openai import OpenAIError
 from server.api.state import Api
 from server.api.stream import json_response
-from server.errors import Unavailable, ValidationFailed
+from server.api.tenants.access import Access, nowhere
+from server.errors import AdapterNotFound, Unavailable, ValidationFailed
 
 router = APIRouter(tags=["adapters"])
 _ERRORS: dict[int | str, Any] = {
@@ -30,30 +35,33 @@ _MAX_PAGE = 1000
 
 @router.get("/v1/adapters", response_model=AdapterList, responses=_ERRORS)
 async def list_adapters(
-    api: AdminApi,
+    request: Request,
+    api: OrdersApi,
     after: Annotated[str | None, Query(max_length=1024, description="Only ids after this one.")] = None,
     limit: Annotated[int, Query(ge=1, le=_MAX_PAGE)] = _MAX_PAGE,
 ) -> Response:
     """Every adapter that requests may name: published names, ids of the default source, and what was used of other sources."""
-    named = api.status.names(await api.source_ids())
-    named = [one for one in named if after is None or one.adapter_id > after]
-    named.sort(key=lambda one: (one.adapter_id, one.source))
+    access = api.access(request)
+    of_tenant = access.tenant is not None
+    named = [one for one in api.status.names(await api.source_ids()) if access.sees(one)]
+    named = [one for one in named if after is None or _id(one, access) > after]
+    named.sort(key=lambda one: (_id(one, access), one.source))
     page = named[:limit]
-    while len(page) < len(named) and named[len(page)].adapter_id == page[-1].adapter_id:
+    while len(page) < len(named) and _id(named[len(page)], access) == _id(page[-1], access):
         page.append(named[len(page)])  # the same id in another source: `after` would pass it over
     return json_response(
         {
             "object": "list",
-            "generation": api.publisher.registry.view.generation,
-            "data": [api.status.row(one) for one in page],
+            "generation": None if of_tenant else api.publisher.registry.view.generation,
+            "data": [api.status.row(one, access) for one in page],
             "has_more": len(page) < len(named),
-            "draining": api.status.draining(),
+            "draining": [] if of_tenant else api.status.draining(),
         }
     )
 
 
 @router.post("/v1/adapters", response_model=AdapterRow, responses=_ERRORS, openapi_extra=body_docs(PublishRequest))
-async def publish(request: Request, api: AdminApi) -> Response:
+async def publish(request: Request, api: OrdersApi) -> Response:
     """Publish: from this answer on the name means these weights, on this server; on the others within about a second.
 
     Requests that run end with the weights that they began with. The weights are copied: what becomes of the source changes nothing."""
@@ -62,73 +70,82 @@ async def publish(request: Request, api: AdminApi) -> Response:
         source = api.source(body.source)
     except ValidationFailed as error:
         raise ValidationFailed(error.message.replace("`adapter_source`", "`source`"), param="source") from None
-    order = Order(body.name, source, body.id or body.name, body.api_token, body.replace, body.pin)
-    await _publisher(api).publish(order)
-    return _row(api, body.name)
+    access = api.access(request)
+    name, source_id = access.to_publish(body.name, body.owner), body.id or shown(body.name)
+    access.to_read(source, source_id)
+    if body.pin:
+        access.check_pins(name)
+    with _worded(access, source, source_id):
+        await _publisher(api).publish(Order(name, source, source_id, body.api_token, body.replace, body.pin))
+    return _row(api, name, access)
 
 
 @router.get("/v1/adapters/{name:path}", response_model=AdapterRow, responses=_ERRORS)
-async def show(name: str, api: AdminApi) -> Response:
+async def show(name: str, request: Request, api: OrdersApi) -> Response:
     """One adapter of the default source. 404 if requests may not name it."""
-    await api.publisher.check_known(name)
-    return _row(api, name)
+    return await _ordered(api, api.access(request), name, Access.to_show, lambda kept: api.publisher.check_known(kept))
 
 
 @router.post("/v1/adapters/{name:path}/load", response_model=AdapterRow, responses=_ERRORS)
-async def load(name: str, api: AdminApi) -> Response:
+async def load(name: str, request: Request, api: OrdersApi) -> Response:
     """Bring it into memory, on every server. Answers when it is there on this one, or after some seconds."""
-    await _publisher(api).load(name)
-    return _row(api, name)
+    return await _ordered(api, api.access(request), name, Access.to_show, lambda kept: _publisher(api).load(kept))
 
 
 @router.post("/v1/adapters/{name:path}/pin", response_model=AdapterRow, responses=_ERRORS)
-async def pin(name: str, api: AdminApi) -> Response:
+async def pin(name: str, request: Request, api: OrdersApi) -> Response:
     """Bring it into memory on every server and keep it there, whatever else is asked for."""
-    await _publisher(api).pin(name, True)
-    return _row(api, name)
+    return await _ordered(api, api.access(request), name, Access.to_pin, lambda kept: _publisher(api).pin(kept, True))
 
 
 @router.post("/v1/adapters/{name:path}/unpin", response_model=AdapterRow, responses=_ERRORS)
-async def unpin(name: str, api: AdminApi) -> Response:
+async def unpin(name: str, request: Request, api: OrdersApi) -> Response:
     """No longer keep it: it leaves memory when others need the room."""
-    await _publisher(api).pin(name, False)
-    return _row(api, name)
+    return await _ordered(api, api.access(request), name, Access.to_order, lambda kept: _publisher(api).pin(kept, False))
 
 
 @router.post("/v1/adapters/{name:path}/unload", response_model=AdapterRow, responses=_ERRORS)
-async def unload(name: str, api: AdminApi) -> Response:
+async def unload(name: str, request: Request, api: OrdersApi) -> Response:
     """Free its memory on every server when its last request there has ended. The name stays: a request for it loads it again."""
-    await _publisher(api).unload(name)
-    return _row(api, name)
+    return await _ordered(api, api.access(request), name, Access.to_order, lambda kept: _publisher(api).unload(kept))
 
 
 @router.delete("/v1/adapters/{name:path}", response_model=DeletedAdapter, responses=_ERRORS)
 async def delete(
     name: str,
-    api: AdminApi,
+    request: Request,
+    api: OrdersApi,
     release: Annotated[bool, Query(description="Let go of the name: an id of that name in the default source answers then.")] = False,
 ) -> Response:
     """The name answers no more until it is published again; its memory is freed when its last request has ended.
 
     The source is left alone."""
-    await _publisher(api).delete(name, release)
+    access = api.access(request)
+    with _worded(access, api.source(None), name):
+        await _publisher(api).delete(access.to_order(name), release)
     return json_response({"id": name, "object": "adapter", "deleted": True})
 
 
 @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse, responses=_ERRORS, openapi_extra=body_docs(LoadLoraRequest))
-async def load_lora_adapter(request: Request, api: AdminApi) -> Response:
+async def load_lora_adapter(request: Request, api: OrdersApi) -> Response:
     """vLLM's name of publishing. `lora_path` is a folder below --adapters-dir, `s3://bucket/key`, or an id of the default source."""
     body = await read_body(request, LoadLoraRequest, max_bytes=api.settings.max_body_bytes)
     source, adapter_id = _where(api, body.lora_path)
-    await _publisher(api).publish(Order(body.lora_name, source, adapter_id, replace=body.load_inplace))
+    access = api.access(request)
+    name = access.to_publish(body.lora_name)
+    access.to_read(source, adapter_id)
+    with _worded(access, source, adapter_id):
+        await _publisher(api).publish(Order(name, source, adapter_id, replace=body.load_inplace))
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
 @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse, responses=_ERRORS, openapi_extra=body_docs(UnloadLoraRequest))
-async def unload_lora_adapter(request: Request, api: AdminApi) -> Response:
+async def unload_lora_adapter(request: Request, api: OrdersApi) -> Response:
     """vLLM's name of deleting; here memory is freed as well."""
     body = await read_body(request, UnloadLoraRequest, max_bytes=api.settings.max_body_bytes)
-    await _publisher(api).delete(body.lora_name)
+    access = api.access(request)
+    with _worded(access, api.source(None), body.lora_name):
+        await _publisher(api).delete(access.to_order(body.lora_name))
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
@@ -139,8 +156,34 @@ def _publisher(api: Api) -> Publisher:
     return api.publisher
 
 
-def _row(api: Api, name: str) -> Response:
-    return json_response(api.status.row(AdapterSelection(api.source(None), name)))
+async def _ordered(
+    api: Api, access: Access, name: str, of: Callable[[Access, str], str], give: Callable[[str], Awaitable[object]]
+) -> Response:
+    """Give an order about the name, as it is kept, and answer with its row."""
+    kept = of(access, name)
+    with _worded(access, api.source(None), name):
+        await give(kept)
+    return _row(api, kept, access)
+
+
+@contextmanager
+def _worded(access: Access, source: str, name: str) -> Iterator[None]:
+    """What a tenant hears of an adapter that there is not: the words of one that is not its own."""
+    try:
+        yield
+    except AdapterNotFound:
+        if access.tenant is None:
+            raise
+        raise nowhere(AdapterSelection(source, name)) from None
+
+
+def _id(selection: AdapterSelection, access: Access) -> str:
+    """As the caller knows it."""
+    return selection.adapter_id if access.tenant is None else shown(selection.adapter_id)
+
+
+def _row(api: Api, kept: str, access: Access) -> Response:
+    return json_response(api.status.row(AdapterSelection(api.source(None), kept), access))
 
 
 def _where(api: Api, path: str) -> tuple[str, str]:

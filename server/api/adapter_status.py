@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from server.api.adapters import AdapterResolver, AdapterSelection
+from server.api.names import owner_of, shown
 from server.api.registry import Registry
 from server.api.residency import Tier, Use
+from server.api.tenants.access import Access
 
 _STATES = {"loading": "loading", "failed": "failed", "host": "ready", "device": "ready"}
 
@@ -27,8 +29,21 @@ class AdapterStatus:
         used = (AdapterSelection(source, adapter_id) for (source, adapter_id, merge), _ in self._residency.uses() if merge is None)
         return named + sorted((one for one in used if one.name_key not in known), key=lambda one: (one.source, one.adapter_id))
 
-    def row(self, selection: AdapterSelection) -> dict[str, Any]:
-        """All that is known of a name."""
+    def row(self, selection: AdapterSelection, access: Access) -> dict[str, Any]:
+        """All that is known of a name, for whom it is: where a shared adapter came from and how others use it is the operator's to know."""
+        row = self._row(selection)
+        if access.shared is None:  # there are no tenants
+            return row
+        row["owner"] = owner_of(selection.adapter_id) or None
+        if access.tenant is not None:
+            row["id"] = shown(row["id"])
+            if access.is_own(selection):
+                row["owner"], row["source_id"] = access.tenant.name, shown(row["source_id"])
+            else:
+                row |= {"source_id": row["id"], "hits": None, "requests": None, "error": None}
+        return row
+
+    def _row(self, selection: AdapterSelection) -> dict[str, Any]:
         is_name = selection.source == self._registry.default_source
         entry = self._registry.entry(selection.adapter_id)
         version, pinned = (entry.version, entry.pinned) if is_name else (None, False)

@@ -73,6 +73,7 @@ class AdapterResolver:
     def __init__(
         self, sources: Sources, store: Store, base: Tokenizer, metrics: Metrics, *,
         recheck_s: float = 2.0, max_merged_rank: int = 256, residency: Residency | None = None, stamps: Stamps = lambda source, ids: (),
+        name_by_hash: bool = False,
     ) -> None:  # fmt: skip
         self._sources, self._store, self._base, self._metrics = sources, store, base, metrics
         self._recheck_s, self._stamps = recheck_s, stamps
@@ -80,7 +81,7 @@ class AdapterResolver:
         self._threads = SourceThreads()
         self._lists = AdapterLists(sources, self._threads)
         self._tokenizers = AdapterTokenizers(base, store)
-        self._packer = AdapterPacker(store, self._tokenizers, max_merged_rank=max_merged_rank)
+        self._packer = AdapterPacker(store, self._tokenizers, max_merged_rank=max_merged_rank, name_by_hash=name_by_hash)
         self._flights: dict[Key, _Flight] = {}
         self._known: OrderedDict[Key, _Known] = OrderedDict()
         self._failures: OrderedDict[Key, tuple[float, ServerError]] = OrderedDict()  # oldest first

@@ -3,6 +3,7 @@
 Owns the wiring alone. `server.__main__` and the tests call `make_app`.
 """
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -45,14 +46,17 @@ from server.api.schemas_native import (
     TokenizeRequest,
 )
 from server.api.schemas_openai import ChatChunk, ChatRequest, CompletionChunk, CompletionRequest
+from server.api.source_settings import check_sources, source_options
 from server.api.state import Api
 from server.api.stream import Dialect, error_response, internal_error, native_error, openai_error
+from server.api.tenants.access import places_of
+from server.api.tenants.tenancy import Tenancy
 from server.api.text.template_worker import TemplateWorkers
 from server.api.tracing import Traces
 from server.errors import BodyMismatch, BodyUnreadable, ServerError, ValidationFailed
-from server.metrics import Metrics
+from server.metrics import Metrics, TenantSeries
 from server.settings import Settings
-from server.sources import SourceOptions, Sources, Store, canonical_name
+from server.sources import Sources, Store, canonical_name
 from server.types import EngineOptions
 
 log = logging.getLogger(__name__)
@@ -74,7 +78,7 @@ def make_api(
     """The parts, not yet started; an engine for each of `num_gpus` if the settings leave it open.
 
     `settings` must be resolved (Settings.resolved). ValueError, naming the setting, if they cannot be."""
-    _check_sources(settings)
+    check_sources(settings)
     metrics = Metrics(max_adapters=settings.metrics_max_adapters)
     assert settings.store_dir is not None
     each = options_of_each(engine_options(settings, model), settings.num_engines, num_gpus)
@@ -90,6 +94,8 @@ def make_api(
     traces = Traces(settings.otlp_endpoint) if settings.otlp_endpoint is not None else None
     metrics.on_end = traces or metrics.on_end
     publisher, adapters = _adapters(settings, model, engine, metrics)
+    place_of = places_of(publisher.raw)
+    tenancy = Tenancy(settings, publisher.registry, place_of, TenantSeries(metrics.registry)) if settings.tenants_file else None
     metrics.registry.register(LoraRequestsInfo(metrics, adapters.residency, settings.max_batch_size))
     return Api(
         settings=settings,
@@ -97,6 +103,8 @@ def make_api(
         engine=engine,
         adapters=adapters,
         publisher=publisher,
+        tenancy=tenancy,
+        place_of=place_of,
         status=AdapterStatus(publisher.registry, adapters),
         templates=TemplateWorkers(timeout_s=settings.template_timeout_s),
         admission=Admission(settings.max_concurrent_requests, metrics),
@@ -124,23 +132,13 @@ def _adapters(
         max_merged_rank=settings.max_merged_rank,
         residency=residency,
         stamps=registry.stamps,
+        name_by_hash=settings.tenants_file is not None,  # tenants may have the same weights, under names that are theirs alone
     )
-    publisher = Publisher(registry, weights, raw, store, adapters, engine, model.names)
+    publisher = Publisher(registry, weights, raw, store, adapters, engine, model.names, settings.tenants_file is not None)
     engine.on_ready, engine.on_adapter = publisher.engine_ready, residency.take
     if isinstance(engine, Engines):
         engine.on_joined = publisher.engine_joined
     return publisher, adapters
-
-
-def _check_sources(settings: Settings) -> None:
-    """ValueError, naming the setting, for what no request could ever use."""
-    for flag, name in (("--adapter-source", settings.adapter_source), ("--default-adapter-source", settings.default_adapter_source)):
-        try:
-            canonical_name(name or settings.adapter_source)
-        except ServerError as error:
-            raise ValueError(f"{flag}: {error.message}") from None
-    if settings.adapters_dir is not None and not settings.adapters_dir.is_dir():
-        raise ValueError(f"--adapters-dir {settings.adapters_dir}: there is no such folder")
 
 
 def engine_options(settings: Settings, model: ServedModel) -> EngineOptions:
@@ -188,26 +186,6 @@ def options_of_each(options: EngineOptions, num_engines: int | None, num_gpus: i
     return [msgspec.structs.replace(options, device=device, **shared) for device in devices]
 
 
-def source_options(settings: Settings) -> SourceOptions:
-    """What of the settings is the sources'."""
-    options: dict[str, Any] = {
-        "adapters_dir": settings.adapters_dir,
-        "allowed_buckets": tuple(settings.allowed_buckets),
-        "model_bucket": settings.model_bucket,
-        "model_folder": settings.model_folder,
-        "s3_endpoint_url": settings.s3_endpoint_url,
-        "s3_region": settings.s3_region,
-        "hub_enabled": settings.hub_enabled,
-        "hub_endpoint": settings.hub_endpoint,
-        "allowed_hub_owners": tuple(settings.allowed_hub_owners),
-        "max_adapter_bytes": int(settings.max_adapter_bytes),
-        "connect_timeout_s": settings.source_connect_timeout_s,
-        "read_timeout_s": settings.source_read_timeout_s,
-        "num_retries": settings.source_retries,
-    }
-    return SourceOptions(**{name: value for name, value in options.items() if value is not None})
-
-
 def _int(value: int | None) -> int | None:
     return None if value is None else int(value)  # a plain int, not pydantic's ByteSize
 
@@ -220,10 +198,14 @@ def make_app(api: Api) -> FastAPI:
         api.engine.start()
         api.publisher.start(api.settings.registry_poll_s)
         preloading = preload(api)
+        following = asyncio.create_task(api.tenancy.follow(api.settings.registry_poll_s), name="follow tenants") if api.tenancy else None
         try:
             yield
         finally:
             preloading.cancel()
+            if following is not None and api.tenancy is not None:
+                following.cancel()
+                await api.tenancy.close()
             await api.publisher.close()
             await api.engine.stop()
             await api.templates.close()
@@ -248,7 +230,7 @@ def make_app(api: Api) -> FastAPI:
     app.add_exception_handler(Exception, _on_bug)
     app.openapi = lambda: describe(app, _SCHEMAS)  # type: ignore[method-assign]
     app.add_api_route("/api-doc/openapi.json", lambda: app.openapi(), include_in_schema=False)  # LoRAX's path
-    put_before(app, api.settings)
+    put_before(app, api.settings, api.tenancy)
     return app
 
 

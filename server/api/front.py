@@ -1,4 +1,5 @@
-"""What stands before the routes: the prefix that a gateway leaves, and the answers to browsers' questions about other origins (CORS).
+"""What stands before the routes: the prefix that a gateway leaves, the answers to browsers' questions about other origins (CORS), and, with
+tenants, who may come in at all.
 
 Owns the order of the layers, no state. api.app puts them around the application.
 """
@@ -7,6 +8,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from server.api.tenants.callers import Identities, LetIn
 from server.api.tracing import TraceParent
 from server.settings import Settings
 
@@ -38,8 +40,12 @@ def check_root_path(prefix: str, app: FastAPI) -> None:
         raise ValueError(f"--root-path {prefix}: the server has routes of that name")
 
 
-def put_before(app: FastAPI, settings: Settings) -> None:
-    """Add the layers that the settings ask for. lorax-strict: LoRAX's CORS, open to every origin, unless origins are named."""
+def put_before(app: FastAPI, settings: Settings, identities: Identities | None = None) -> None:
+    """Add the layers that the settings ask for. lorax-strict: LoRAX's CORS, open to every origin, unless origins are named.
+
+    `identities`: who is known, if callers are told apart. Inside of CORS: a browser may read a refusal, and its preflight needs no key."""
+    if identities is not None:
+        app.add_middleware(LetIn, identities=identities)
     if settings.otlp_endpoint is not None:
         app.add_middleware(TraceParent)
     strict = settings.lorax_strict and not settings.cors_allow_origin

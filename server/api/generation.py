@@ -36,6 +36,14 @@ class Plan:
     stops: Sequence[str] = ()
     keep_stop: bool = True
     stop_ids: Collection[int] = ()  # special tokens that the request wrote as stop strings
+    tenant: str = ""
+    weight: float = 1.0
+    cache_salt: str = ""
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that it reads and may generate at most, in all; prompts count once."""
+        return sum(map(len, self.prompts)) + sum(self.max_new_tokens) * self.samples
 
 
 @dataclass
@@ -119,6 +127,9 @@ class Generation:
             token_ids=list(sequence.prompt_ids),
             params=params,
             adapter=plan.adapter.ref if plan.adapter is not None else None,
+            cache_salt=plan.cache_salt,
+            tenant=plan.tenant,
+            weight=plan.weight,
         )
         outputs = self.engine.submit(request)
         return follow(sequence, outputs, plan.tokenizer, stops=plan.stops, keep_stop=plan.keep_stop, stop_ids=plan.stop_ids)

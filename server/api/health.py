@@ -11,11 +11,13 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server import __version__
+from server.api.adapters import AdapterSelection
 from server.api.body import body_docs, error_content, read_body
 from server.api.engine import EngineClient
 from server.api.engines import Engines
 from server.api.generation import Generation, Plan
 from server.api.metrics_json import as_json
+from server.api.names import shown
 from server.api.sampling import refuse
 from server.api.schemas_native import ERRORS, ErrorResponse, TokenizeRequest, TokenizeResponse
 from server.api.schemas_openai import OpenAIError
@@ -127,28 +129,36 @@ async def metrics(request: Request, api: ApiState, format: Literal["text", "json
 
 
 @router.get("/v1/models")
-async def models(api: ApiState) -> Response:
-    """The base, and the adapters of the default source by the ids that `model` takes."""
-    listed = api.publisher.registry.listed(api.source(None), await api.source_ids())
-    base = _model(api, api.model.name, None)
-    return json_response({"object": "list", "data": [base, *(_model(api, adapter_id, api.model.name) for adapter_id in listed)]})
+async def models(request: Request, api: ApiState) -> Response:
+    """The base, and the adapters of the default source by the ids that `model` takes; with tenants, the caller's and shared ones."""
+    base, of_operator = _model(api, api.model.name, None), api.access(request).tenant is None
+    rows = [_model(api, adapter_id, api.model.name, of_operator=of_operator) for adapter_id in await _listed(request, api)]
+    return json_response({"object": "list", "data": [base, *rows]})
+
+
+async def _listed(request: Request, api: Api) -> list[str]:
+    """The adapters of the default source that the caller may know of, as they are kept."""
+    source, access = api.source(None), api.access(request)
+    listed = api.publisher.registry.listed(source, await api.source_ids())
+    return [adapter_id for adapter_id in listed if access.sees(AdapterSelection(source, adapter_id))]
 
 
 @router.get("/v1/models/{name:path}", responses={404: {"model": OpenAIError, "description": "There is no such model."}})
-async def model(name: str, api: ApiState) -> Response:
+async def model(name: str, request: Request, api: ApiState) -> Response:
     """One of /v1/models; the base by any of its names."""
     if name in api.model.names:
         return json_response(_model(api, api.model.name, None))
-    source = api.source(None)
-    if name not in api.publisher.registry.listed(source, await api.source_ids()):
+    source, is_operator = api.source(None), api.access(request).tenant is None
+    kept = next((one for one in await _listed(request, api) if (one if is_operator else shown(one)) == name), None)
+    if kept is None:
         raise AdapterNotFound(f"Adapter '{name[:256]}' was not found in source '{source}'")
-    return json_response(_model(api, name, api.model.name))
+    return json_response(_model(api, kept, api.model.name, of_operator=is_operator))
 
 
-def _model(api: Api, name: str, parent: str | None) -> dict[str, Any]:
+def _model(api: Api, name: str, parent: str | None, *, of_operator: bool = True) -> dict[str, Any]:
     version = api.publisher.registry.entry(name).version if parent is not None else None
     return {
-        "id": name,
+        "id": name if of_operator else shown(name),
         "object": "model",
         "created": version.published_at if version is not None else api.started_at,
         "owned_by": "manylora",
@@ -165,7 +175,7 @@ async def tokenize(request: Request, api: ApiState) -> Response:
     settings, tokenizer = api.settings, api.model.tokenizer
     body = await read_body(request, TokenizeRequest, max_bytes=settings.max_body_bytes, ignore_unknown=settings.lorax_strict)
     api.check_chars(tokenizer, body.inputs, "inputs")
-    with api.admission.admitted(1):
+    with api.admitted(api.access(request), None, 1):
         tokens = await asyncio.to_thread(
             tokenizer.encode_with_offsets, body.inputs, add_special_tokens=body.add_special_tokens is not False
         )

@@ -22,6 +22,7 @@ from server.api.schemas_native import ERRORS, GenerateParameters, GenerateReques
 from server.api.state import Api, ApiState
 from server.api.stream import EventStream, event, json_response, native_error, unless_gone
 from server.api.structured import chosen_grammar
+from server.api.tenants.limits import Lease
 from server.api.text.tokenizer import Tokenizer
 from server.settings import Settings
 
@@ -43,14 +44,14 @@ class _Job:
 @router.post("/generate", response_model=GenerateResponse, responses=ERRORS, openapi_extra=body_docs(GenerateRequest))
 async def generate(request: Request, api: ApiState) -> Response:
     """Generate, and answer when it is done."""
-    record = Record(api.metrics, request.url.path, api.model.name)
+    record = api.record(request)
     return await _answer(request, api, await _read(request, api, record), record, as_list=False)
 
 
 @router.post("/generate_stream", response_model=None, responses=ERRORS | {200: _EVENTS}, openapi_extra=body_docs(GenerateRequest))
 async def generate_stream(request: Request, api: ApiState) -> Response:
     """Generate, and send each token as a server-sent event."""
-    record = Record(api.metrics, request.url.path, api.model.name)
+    record = api.record(request)
     return _stream(request, api, await _read(request, api, record), record)
 
 
@@ -64,7 +65,7 @@ async def generate_stream(request: Request, api: ApiState) -> Response:
 @router.post("/", response_model=list[GenerateResponse], responses=ERRORS | {200: _EVENTS}, openapi_extra=body_docs(GenerateRequest))
 async def generate_compat(request: Request, api: ApiState) -> Response:
     """/generate_stream if `stream` is true, else /generate with the answer in a list of one."""
-    record = Record(api.metrics, request.url.path, api.model.name)
+    record = api.record(request)
     body = await _read(request, api, record)
     return _stream(request, api, body, record) if body.stream else await _answer(request, api, body, record, as_list=True)
 
@@ -127,7 +128,8 @@ async def _prepared(request: Request, api: Api, body: GenerateRequest, record: R
         api.admission.check()
         wishes = _wishes(parameters, stream)
         _check(parameters, wishes, api, stream)
-        selection = _select(parameters, api, lorax_bearer(request, api.settings))
+        access = api.access(request)
+        selection = access.to_call(_select(parameters, api, lorax_bearer(request, api.settings)))
         record.chose(selection)
         if not body.inputs:
             raise refuse("`inputs` cannot be empty", "inputs")
@@ -136,16 +138,18 @@ async def _prepared(request: Request, api: Api, body: GenerateRequest, record: R
             raise refuse(
                 f"`truncate` must be strictly positive and less than {limits.max_input_length}. Given: {parameters.truncate}", "truncate"
             )
-        with api.admission.admitted(parameters.best_of or 1):
+        with api.admitted(access, selection, parameters.best_of or 1, record) as lease:
+            lease.check_output(parameters.max_new_tokens, "max_new_tokens")
             adapter = await api.resolve(selection)
             with api.adapters.pinned(adapter):
-                job = await _plan(api, body.inputs, parameters, wishes, adapter, record)
+                job = await _plan(api, body.inputs, parameters, wishes, adapter, record, lease, access.share(selection))
                 yield job
 
 
 async def _plan(
-    api: Api, prompt: str, parameters: GenerateParameters, wishes: Wishes, adapter: ResolvedAdapter | None, record: Record
-) -> _Job:
+    api: Api, prompt: str, parameters: GenerateParameters, wishes: Wishes, adapter: ResolvedAdapter | None, record: Record, lease: Lease,
+    share: dict[str, Any],
+) -> _Job:  # fmt: skip
     tokenizer = api.tokenizer(adapter)
     if parameters.apply_chat_template:
         text = await api.render_chat(adapter, [{"role": "user", "content": prompt}], {})
@@ -157,7 +161,8 @@ async def _plan(
     )  # fmt: skip
     if parameters.truncate is not None and not api.settings.lorax_strict:  # LoRAX checks the whole prompt's length, and truncates then
         ids = ids[-parameters.truncate :]
-    max_new_tokens = fit(ids, parameters.max_new_tokens, api.limits(), prompt_name="inputs", max_name="max_new_tokens")
+    room = fit(ids, parameters.max_new_tokens, api.limits(), prompt_name="inputs", max_name="max_new_tokens")
+    (max_new_tokens,) = lease.bounded([room])
     ids = ids[-parameters.truncate :] if parameters.truncate is not None else ids
     stop_ids = tuple(id for stop in parameters.stop if (id := tokenizer.special_id(stop)) is not None)
     eos_ids = () if parameters.ignore_eos_token else tokenizer.eos_ids
@@ -173,9 +178,11 @@ async def _plan(
     plan = Plan(
         request_id=record.id, prompts=[ids], max_new_tokens=[max_new_tokens], params=params, tokenizer=tokenizer,
         samples=parameters.best_of or 1, adapter=adapter, stops=parameters.stop, keep_stop=True, stop_ids=stop_ids,
+        **share,
     )  # fmt: skip
     generation = Generation(plan, api.engine)
     record.submitted(generation, len(prompt))
+    api.log_prompts(record, [text])
     return _Job(prompt, parameters, generation, tokenizer, wishes.samples)
 
 
@@ -229,9 +236,9 @@ def _select(parameters: GenerateParameters, api: Api, bearer: str | None) -> Ada
 
 
 def lorax_bearer(request: Request, settings: Settings) -> str | None:
-    """The token of `Authorization: Bearer` as LoRAX reads it, for the adapter's source: only under lorax-strict. Otherwise that header is
-    the caller's credential for this server and never leaves it; a source's token is `api_token`."""
-    if not settings.lorax_strict:
+    """The token of `Authorization: Bearer` as LoRAX reads it, for the adapter's source: only under lorax-strict and without tenants.
+    Otherwise that header is the caller's credential for this server and never leaves it; a source's token is `api_token`."""
+    if not settings.lorax_strict or settings.tenants_file is not None:
         return None
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     return token.strip() or None if scheme.lower() == "bearer" else None

@@ -36,7 +36,7 @@ _RESERVED = ("messages", "bos_token", "eos_token", "tools", "documents", "guidel
 @router.post("/v1/chat/completions", response_model=ChatResponse, responses=_RESPONSES, openapi_extra=body_docs(ChatRequest))
 async def chat(request: Request, api: ApiState) -> Response:
     """Answer a chat."""
-    settings, record = api.settings, Record(api.metrics, request.url.path, api.model.name)
+    settings, record = api.settings, api.record(request)
     with record.failures():
         api.admission.check()
         body = await read_body(request, ChatRequest, max_bytes=settings.max_body_bytes, ignore_unknown=settings.lorax_strict)

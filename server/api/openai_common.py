@@ -94,9 +94,11 @@ async def prepared(
     id_prefix: str,
 ) -> AsyncIterator[Job]:
     """The checked request admitted, its adapter resolved, its prompts tokenized by `tokenize(adapter)`, on its way to the engine."""
-    selection = select(body, api, request)
+    access = api.access(request)
+    selection = access.to_call(select(body, api, request))
     record.chose(selection)
-    with api.admission.admitted(samples * num_prompts):
+    with api.admitted(access, selection, samples * num_prompts, record) as lease:
+        lease.check_output(getattr(body, "max_completion_tokens", None) or body.max_tokens, wishes.max_new_tokens_name)
         adapter = await api.resolve(selection)
         with api.adapters.pinned(adapter):
             prompts: Prompts = await tokenize(adapter)
@@ -113,11 +115,13 @@ async def prepared(
                 grammar=prompts.grammar,
             )
             plan = Plan(
-                request_id=record.id, prompts=prompts.ids, max_new_tokens=prompts.max_new_tokens, params=params, tokenizer=tokenizer,
-                samples=samples, adapter=adapter, stops=body.stop, keep_stop=False, stop_ids=stop_ids,
+                request_id=record.id, prompts=prompts.ids, max_new_tokens=lease.bounded(list(prompts.max_new_tokens)), params=params,
+                tokenizer=tokenizer, samples=samples, adapter=adapter, stops=body.stop, keep_stop=False, stop_ids=stop_ids,
+                **access.share(selection),
             )  # fmt: skip
             generation = Generation(plan, api.engine)
             record.submitted(generation, sum(map(len, prompts.texts)))
+            api.log_prompts(record, prompts.texts)
             yield Job(f"{id_prefix}-{record.id}", int(time.time()), body.model or api.model.name, prompts, tokenizer, generation)
 
 

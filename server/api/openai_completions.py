@@ -35,7 +35,7 @@ _RESPONSES = OPENAI_ERRORS | {200: stream_docs(CompletionChunk, "With `stream`: 
 @router.post("/v1/completions", response_model=CompletionResponse, responses=_RESPONSES, openapi_extra=body_docs(CompletionRequest))
 async def completions(request: Request, api: ApiState) -> Response:
     """Go on with a prompt, or with several."""
-    settings, record = api.settings, Record(api.metrics, request.url.path, api.model.name)
+    settings, record = api.settings, api.record(request)
     with record.failures():
         api.admission.check()
         body = await read_body(request, CompletionRequest, max_bytes=settings.max_body_bytes, ignore_unknown=settings.lorax_strict)

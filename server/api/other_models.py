@@ -8,7 +8,6 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from server.api.body import body_docs, read_body
-from server.api.record import Record
 from server.api.schemas_common import RequestModel
 from server.api.schemas_native import ERRORS, ClassifyBatchRequest, ClassifyRequest, EmbeddingsRequest, EmbedRequest
 from server.api.schemas_openai import OpenAIError
@@ -21,7 +20,7 @@ _OPTIONS: dict[str, Any] = {"response_model": None, "status_code": 424, "respons
 
 
 async def _refuse(request: Request, api: Api, schema: type[RequestModel], what: str) -> None:
-    record, settings = Record(api.metrics, request.url.path, api.model.name), api.settings
+    record, settings = api.record(request), api.settings
     with record.failures():
         await read_body(request, schema, max_bytes=settings.max_body_bytes, ignore_unknown=settings.lorax_strict)
         raise GenerationFailed(f"Model does not support {what}")

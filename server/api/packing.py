@@ -13,6 +13,7 @@ from typing import TypeVar
 from server.adapters.merge import merge_hash, merge_packs
 from server.adapters.pack import read_header, write_pack
 from server.api.adapter_tokenizers import AdapterTokenizers
+from server.api.names import shown
 from server.api.selection import AdapterSelection, Merge
 from server.api.text.tokenizer import Tokenizer
 from server.errors import AdapterRefused, SourceUnavailable
@@ -36,16 +37,19 @@ class Packed:
 
 
 class AdapterPacker:
-    """Makes packs in `store`. Safe to use from several threads."""
+    """Makes packs in `store`. Safe to use from several threads.
 
-    def __init__(self, store: Store, tokenizers: AdapterTokenizers, *, max_merged_rank: int) -> None:
+    `name_by_hash`: the engine, which knows weights by their content, calls an adapter by its hash in messages, not as somebody else did."""
+
+    def __init__(self, store: Store, tokenizers: AdapterTokenizers, *, max_merged_rank: int, name_by_hash: bool = False) -> None:
         self._store, self._tokenizers, self._max_merged_rank = store, tokenizers, max_merged_rank
+        self._name_by_hash = name_by_hash
 
     def make(self, source: Source, selection: AdapterSelection, snapshots: Sequence[Snapshot], layout: BaseLayout) -> Packed:
         """Fetch and pack what is not yet there. The errors of Source and of adapters.pack, which name adapters as the caller did."""
         stored = [self._store.materialize(source, snapshot, api_token=selection.api_token) for snapshot in snapshots]
         refs: list[AdapterRef] = []
-        for index, adapter_id in enumerate(selection.ids):
+        for index, adapter_id in enumerate(selection.shown_ids):
 
             def pack(one: StoredAdapter, adapter_id: str = adapter_id) -> AdapterRef:
                 return self._pack(one, adapter_id, layout)
@@ -58,7 +62,7 @@ class AdapterPacker:
         header = read_header(Path(refs[0].path))[0]
 
         def load(one: StoredAdapter) -> tuple[str, Tokenizer] | None:
-            with _naming(selection.adapter_id):
+            with _naming(shown(selection.adapter_id)):
                 return self._tokenizers.load(one, header.vocab_size)
 
         one, own = self._healed(source, stored[0], selection.api_token, load)
@@ -84,7 +88,7 @@ class AdapterPacker:
 
         with _naming(adapter_id):
             path = self._store.publish_pack(stored.hash, _pack_key(layout), write, stored)
-        return AdapterRef(stored.hash, str(path), adapter_id)
+        return AdapterRef(stored.hash, str(path), stored.hash[:12] if self._name_by_hash else adapter_id)
 
     def _merge(self, merge: Merge, refs: list[AdapterRef], layout: BaseLayout) -> AdapterRef:
         """The merged pack, under the hash of all that goes into it. Its random masks come of that hash, so the seed is always 0."""
@@ -96,7 +100,7 @@ class AdapterPacker:
             merge_packs(inputs, *options, self._max_merged_rank, out)
 
         path = self._store.publish_pack(hash, _pack_key(layout), write)
-        return AdapterRef(hash, str(path), "+".join(merge.ids))
+        return AdapterRef(hash, str(path), hash[:12] if self._name_by_hash else "+".join(merge.ids))
 
 
 @contextmanager

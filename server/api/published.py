@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from server.api.names import owner_of, shown
 from server.api.registry import Registry
 from server.errors import SourceUnavailable
 from server.sources import Progress, Snapshot, Source, SourceChanged, Sources, StoredAdapter, canonical_name
@@ -87,7 +88,11 @@ class OneVersion:
 
     def snapshot(self, adapter_id: str, *, revision: str | None = None, api_token: str | None = None) -> Snapshot:
         """See Source; the id is only what messages call it."""
-        return self._weights.snapshot(self._hash, adapter_id)
+        return self._weights.snapshot(self._hash, shown(adapter_id))
+
+    def place(self, adapter_id: str) -> str:
+        """See Source."""
+        return adapter_id
 
     def fetch(self, snapshot: Snapshot, into: Path, api_token: str | None = None, progress: Progress | None = None) -> None:
         """See Source; it is read in place."""
@@ -108,12 +113,16 @@ class NamesFirst:
     def snapshot(self, adapter_id: str, *, revision: str | None = None, api_token: str | None = None) -> Snapshot:
         """See Source."""
         entry = self._registry.entry(adapter_id)
-        if entry.deleted:
-            raise not_found(self.name, adapter_id)
+        if entry.deleted or (entry.version is None and owner_of(adapter_id)):
+            raise not_found(self.name, shown(adapter_id))
         if entry.version is None:
             return self._sources.get(self.name).snapshot(adapter_id, revision=revision, api_token=api_token)
         refuse_revision(self.name, revision)
-        return self._weights.snapshot(entry.version.hash, adapter_id)
+        return self._weights.snapshot(entry.version.hash, shown(adapter_id))
+
+    def place(self, adapter_id: str) -> str:
+        """See Source; of an id that is no published name."""
+        return self._sources.get(self.name).place(adapter_id)
 
     def fetch(self, snapshot: Snapshot, into: Path, api_token: str | None = None, progress: Progress | None = None) -> None:
         """See Source; published weights are read in place and never come here."""

@@ -16,6 +16,7 @@ import msgspec
 from server.api.adapters import AdapterResolver, AdapterSelection
 from server.api.engine import EngineClient
 from server.api.engines import Engines
+from server.api.names import shown
 from server.api.packing import AdapterPacker, Packed
 from server.api.pins import Pins
 from server.api.published import OneVersion, PublishedWeights
@@ -46,15 +47,18 @@ class Order:
 
 
 class Publisher:
-    """The orders of one server. For the event loop's thread. `reserved` are the base's names."""
+    """The orders of one server. For the event loop's thread. `reserved` are the base's names; `has_tenants`: names may be of a tenant
+    (api.names), and whoever gives an order has looked at whose."""
 
     def __init__(
         self, registry: Registry, weights: PublishedWeights, raw: Sources, store: Store, adapters: AdapterResolver,
         engine: EngineClient | Engines,
         reserved: Collection[str],
+        has_tenants: bool = False,
     ) -> None:  # fmt: skip
-        self.registry, self._weights, self._raw, self._store = registry, weights, raw, store
+        self.registry, self._weights, self.raw, self._store = registry, weights, raw, store
         self._adapters, self._engine, self._reserved = adapters, engine, frozenset(reserved)
+        self._has_tenants = has_tenants
         self._residency = adapters.residency
         self._pins = Pins(store, engine.tell, on_unpinned=self._residency.abandon)
         self._failed: dict[str, str] = {}  # name -> why it could not be loaded ahead
@@ -130,7 +134,7 @@ class Publisher:
             return
         source = self.registry.default_source
         try:
-            await self._adapters.run(source, lambda packer: self._raw.get(source).snapshot(name))
+            await self._adapters.run(source, lambda packer: self.raw.get(source).snapshot(name))
         except ValidationFailed:  # no such id can be
             raise self._not_found(name) from None
         except AdapterRefused:  # a broken one is one
@@ -141,7 +145,7 @@ class Publisher:
         if before.version is not None and not order.replace:
             raise _taken(order.name)
         if not self._weights.hold(version.hash):
-            raise SourceUnavailable(f"Adapter '{order.name}': its weights were removed while it was published; try again")
+            raise SourceUnavailable(f"Adapter '{shown(order.name)}': its weights were removed while it was published; try again")
         pinned = before.pinned if order.pin is None else order.pin
         if before.version is not None and before.version.hash == version.hash:
             return msgspec.structs.replace(before, pinned=pinned)
@@ -151,7 +155,7 @@ class Publisher:
 
     def _copy(self, order: Order, layout: BaseLayout, packer: AdapterPacker) -> tuple[StoredAdapter, Packed]:
         """Fetch, copy to the shared file system, and pack from there: what is checked is what every server will read. Blocks."""
-        source = self._raw.get(order.source)
+        source = self.raw.get(order.source)
         for attempt in range(_NUM_ATTEMPTS):
             try:
                 snapshot = source.snapshot(order.adapter_id, api_token=order.api_token)
@@ -177,15 +181,15 @@ class Publisher:
     # -- checks -------------------------------------------------------------------------------------------------------------------
 
     def _check_name(self, name: str) -> None:
-        if name in self._reserved:
-            raise ValidationFailed(f"`name` must not be the base model's: '{name}'", param="name")
+        if shown(name) in self._reserved:
+            raise ValidationFailed(f"`name` must not be the base model's: '{shown(name)}'", param="name")
         try:
-            split_id(name)
+            split_id(shown(name) if self._has_tenants else name)
         except ValidationFailed as error:
             raise ValidationFailed(error.message.replace("`adapter_id`", "`name`", 1), param="name") from None
 
     def _not_found(self, name: str) -> AdapterNotFound:
-        return not_found(self.registry.default_source, name)
+        return not_found(self.registry.default_source, shown(name))
 
     def _known(self, name: str, before: Entry, **changes: object) -> Entry:
         """The entry with these changes. AdapterNotFound if another server deleted the name meanwhile. Runs under the registry's lock."""
@@ -279,4 +283,4 @@ class Publisher:
 
 
 def _taken(name: str) -> Conflict:
-    return Conflict(f"`name` '{name}' is published already; `replace` gives it a new version", param="name")
+    return Conflict(f"`name` '{shown(name)}' is published already; `replace` gives it a new version", param="name")

@@ -14,6 +14,7 @@ from typing import Literal
 from server.api.adapters import AdapterSelection
 from server.api.body import ClientGone
 from server.api.generation import Generation
+from server.api.tenants.limits import Lease
 from server.errors import (
     AdapterNotFound,
     AdapterRefused,
@@ -46,14 +47,15 @@ TRACE_PARENT: ContextVar[Mapping[str, str] | None] = ContextVar("trace parent", 
 class Record:
     """One request from arrival to its last byte; ends exactly once. `status` and `outcome` say how, once it has."""
 
-    def __init__(self, metrics: Metrics, route: str, model_name: str) -> None:
+    def __init__(self, metrics: Metrics, route: str, model_name: str, tenant: str = "") -> None:
         self.id = uuid.uuid4().hex
-        self.route, self.model_name = route, model_name
+        self.route, self.model_name, self.tenant = route, model_name, tenant
         self.status, self.outcome = 0, ""
         self.trace_parent = TRACE_PARENT.get() or {}
         self.arrived_at = time.monotonic()
         self.submitted_at: float | None = None
         self._metrics = metrics
+        self.lease: Lease | None = None  # of its tenant's limits
         self._selection: AdapterSelection | None = None
         self._generation: Generation | None = None
         self._num_prompt_chars = 0
@@ -95,8 +97,20 @@ class Record:
         """The request names this adapter."""
         self._selection = selection
 
+    @property
+    def is_waiting(self) -> bool:
+        """It has no token yet."""
+        return self.state != "running"
+
+    @property
+    def num_used_tokens(self) -> int:
+        """Read and generated so far."""
+        return self.num_prompt_tokens + self.num_generated_tokens
+
     def submitted(self, generation: Generation, num_prompt_chars: int) -> None:
-        """Checked, tokenized, on its way to the engine."""
+        """Checked, tokenized, on its way to the engine. LimitReached if its tokens are too many now."""
+        if self.lease is not None:
+            self.lease.take(generation.plan.max_tokens)
         self._generation, self._num_prompt_chars = generation, num_prompt_chars
         self.submitted_at = time.monotonic()
         self._metrics.validation_duration.observe(self.submitted_at - self.arrived_at)
@@ -160,7 +174,8 @@ class Record:
         self._metrics.request_duration.observe(total_s)
         self._metrics.on_end(self)
         log.info(
-            "%s %s status=%d %s adapter=%s prompt_tokens=%d generated_tokens=%d total_ms=%d", self.route, self.id, status, outcome,
+            "%s %s status=%d %s%s adapter=%s prompt_tokens=%d generated_tokens=%d total_ms=%d", self.route, self.id, status, outcome,
+            f" tenant={self.tenant}" if self.tenant else "",
             _ascii(",".join(self._selection.ids)) if self._selection is not None else "-",
             self.num_prompt_tokens, self.num_generated_tokens, total_s * 1000,
         )  # fmt: skip
@@ -212,8 +227,10 @@ class Record:
             "x-model-id": _ascii(self.model_name),
             "x-request-id": self.id,
         }
+        if self.lease is not None:
+            headers |= self.lease.headers()
         if self._selection is not None:
-            headers |= {"x-adapter-id": _ascii(",".join(self._selection.ids)), "x-adapter-source": self._selection.source}
+            headers |= {"x-adapter-id": _ascii(",".join(self._selection.shown_ids)), "x-adapter-source": self._selection.source}
         return headers
 
 

@@ -21,6 +21,9 @@ class PublishRequest(RequestModel):
     )
     api_token: str | None = Field(default=None, max_length=4096, description="For a source that knows its callers.")
     replace: bool = Field(default=True, description="false: refuse with 409 if the name is published already.")
+    owner: str | None = Field(
+        default=None, max_length=63, description="With tenants, in an order of the operator: whose it is to be; null: everybody's."
+    )
     pin: bool | None = Field(default=None, description="Keep it in memory on every server, or no longer; unchanged if not given.")
 
 
@@ -42,9 +45,10 @@ class AdapterRow(ResponseModel):
     memory_bytes: int
     load_s: float | None
     error: str | None = Field(description="Why the engine could not load it.")
-    hits: int = Field(description="Requests that named it, on this server since its start.")
-    requests: int = Field(description="Requests that run with it on this server now.")
+    hits: int | None = Field(description="Requests that named it, on this server since its start; null for a tenant and a shared adapter.")
+    requests: int | None = Field(description="Requests that run with it on this server now; null for a tenant and a shared adapter.")
     pinned: bool
+    owner: str | None = Field(default=None, description="The tenant whose it is; null: shared. Only with tenants.")
 
 
 class DrainingRow(ResponseModel):
@@ -59,7 +63,9 @@ class AdapterList(ResponseModel):
     """A page of adapters."""
 
     object: str
-    generation: int = Field(description="Of the registry: grows with every order, on whichever server it was given.")
+    generation: int | None = Field(
+        description="Of the registry: grows with every order, on whichever server it was given; null for tenants."
+    )
     data: list[AdapterRow]
     has_more: bool
     draining: list[DrainingRow] = Field(description="Replaced, unloaded or deleted weights that requests still end with.")

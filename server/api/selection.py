@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 
+from server.api.names import shown
 from server.api.text.tokenizer import Tokenizer
 from server.types import AdapterRef
 
@@ -32,8 +33,13 @@ class AdapterSelection:
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """The ids as they were given."""
+        """The ids as they were given; of a tenant's own names, as they are kept (api.names)."""
         return self.merge.ids if self.merge is not None else (self.adapter_id,)
+
+    @property
+    def shown_ids(self) -> tuple[str, ...]:
+        """The ids for the caller and its messages: without the tenant that they are kept under."""
+        return tuple(map(shown, self.ids))
 
     @property
     def name_key(self) -> NameKey:

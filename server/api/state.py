@@ -4,8 +4,10 @@ Owns nothing itself but the short steps that several routes share: adapter resol
 """
 
 import asyncio
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -18,18 +20,24 @@ from server.api.base_model import ServedModel
 from server.api.engine import EngineClient
 from server.api.engines import Engines
 from server.api.publishing import Publisher
+from server.api.record import Record
 from server.api.sampling import Limits, too_long
+from server.api.tenants.access import Access, PlaceOf, nowhere, unrestricted
+from server.api.tenants.callers import caller_of
+from server.api.tenants.limits import Lease, scopes_of
+from server.api.tenants.tenancy import Tenancy
 from server.api.text.template_worker import TemplateWorkers
 from server.api.text.templates import render
 from server.api.text.tokenizer import Tokenizer
 from server.api.tracing import Traces
-from server.errors import ServerError, TemplateFailed, Unavailable, ValidationFailed
+from server.errors import AdapterNotFound, ServerError, TemplateFailed, Unavailable, ValidationFailed
 from server.metrics import Metrics
 from server.settings import Settings
 from server.sources import canonical_name
 
 log = logging.getLogger(__name__)
 
+_MAX_LOGGED_CHARS = 20_000
 _INLINE_CHARS = 4096  # a longer text is tokenized in a thread
 
 
@@ -42,6 +50,8 @@ class Api:
     engine: EngineClient | Engines
     adapters: AdapterResolver
     publisher: Publisher
+    tenancy: Tenancy | None  # None: callers are not told apart
+    place_of: PlaceOf
     status: AdapterStatus
     templates: TemplateWorkers
     admission: Admission
@@ -84,7 +94,42 @@ class Api:
         if ready is None:
             raise Unavailable(self.engine.unhealthy_reason() or "the engine is not ready", retry_after_s=5.0)
         self.adapters.residency.hit(selection.name_key)
-        return await self.adapters.resolve(selection, ready.layout)
+        try:
+            return await self.adapters.resolve(selection, ready.layout)
+        except AdapterNotFound:
+            if self.tenancy is None:
+                raise
+            raise nowhere(selection) from None
+
+    def record(self, request: Request) -> Record:
+        """The record of a request that has just come."""
+        return Record(self.metrics, request.url.path, self.model.name, caller_of(request).name)
+
+    def log_prompts(self, record: Record, prompts: Sequence[str]) -> None:
+        """Only if a setting asks for it."""
+        if self.settings.log_prompts:
+            log.info("prompt of %s: %s", record.id, json.dumps(list(prompts))[:_MAX_LOGGED_CHARS])
+
+    def access(self, request: Request) -> Access:
+        """What the caller of a request may."""
+        if self.tenancy is None:
+            return unrestricted(self.publisher.registry, self.place_of)
+        return self.tenancy.access(caller_of(request))
+
+    @contextmanager
+    def admitted(
+        self, access: Access, selection: AdapterSelection | None, num_sequences: int, record: Record | None = None
+    ) -> Iterator[Lease]:
+        """Places for so many sequences, of the server's and of the caller's. The errors of Admission.admitted; LimitReached."""
+        with self.admission.admitted(num_sequences):
+            if self.tenancy is None or access.tenant is None or access.shared is None:
+                yield Lease([], num_sequences)
+                return
+            scopes = scopes_of(access.tenant, access.shared, selection, access.is_shared(selection))
+            with self.tenancy.limits.admitted(scopes, num_sequences, record) as lease:
+                if record is not None:
+                    record.lease = lease
+                yield lease
 
     async def source_ids(self) -> list[str]:
         """Ids that the default source holds; none, and a line in the log, while it cannot be listed."""

@@ -69,6 +69,7 @@ def error_response(error: ServerError, dialect: Dialect) -> Response:
     """The error as a whole answer, with Retry-After where trying again may help."""
     status, body = dialect(error)
     headers = {"retry-after": str(max(1, round(error.retry_after_s)))} if error.retry_after_s is not None else {}
+    headers |= error.headers
     if status == 401:
         headers["www-authenticate"] = "Bearer"
     return json_response(body, status=status, headers=headers)

@@ -96,6 +96,7 @@ def _attributes(record: Record) -> dict[str, Any]:
         "gen_ai.usage.input_tokens": record.num_prompt_tokens,
         "gen_ai.usage.output_tokens": record.num_generated_tokens,
         "manylora.request_id": record.id,
+        "manylora.tenant": record.tenant or None,
         "manylora.adapter": record.adapter,
         "manylora.outcome": record.outcome,
     }

@@ -135,6 +135,17 @@ class Settings(BaseModel):
     heartbeat_timeout_s: float = _set(5.0, "Engine", "Unhealthy when the engine is silent for longer.", gt=0)
     hang_timeout_s: float = _set(60.0, "Engine", "An engine that is silent or stuck for longer is killed and started again.", gt=0)
 
+    tenants_file: Path | None = _set(
+        None, "Tenants", "TOML file of tenants, their limits and sources, read again when it changes; none: callers are not told apart."
+    )
+    gateway_key: SecretStr | None = _set(
+        None,
+        "Tenants",
+        "What a gateway shows (X-Manylora-Gateway-Key) for its X-Manylora-Tenant to be believed; none: no gateway is. Set it as admin-key.",
+        min_length=16,
+    )
+    log_prompts: bool = _set(False, "Tenants", "Write prompts into the log, for a while, to find a fault; they are never there otherwise.")
+
     hostname: str = _set("127.0.0.1", "Server", "Address to listen on (LoRAX: 0.0.0.0). HOSTNAME is not read: shells set it.")
     port: int = _set(3000, "Server", "Port to listen on; 0 takes a free one.", lorax="PORT", ge=0, le=65535)
     admin_key: SecretStr | None = _set(

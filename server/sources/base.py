@@ -87,6 +87,11 @@ class Source(Protocol):
         `api_token` is the caller's own and only sources that authenticate callers (the hub) look at it."""
         ...
 
+    def place(self, adapter_id: str) -> str:
+        """Where the id points, as a path in this source's own terms (folder, bucket/key, owner/name), without asking anybody: so that what
+        a caller may reach can be said as beginnings of places. ValidationFailed if the id cannot be one."""
+        ...
+
     def fetch(self, snapshot: Snapshot, into: Path, api_token: str | None = None, progress: Progress | None = None) -> None:
         """Write exactly the snapshot's files into the empty folder `into`. SourceChanged if the source holds other bytes by now."""
         ...

@@ -69,6 +69,10 @@ class HubSource:
         top = (file for file in listing if "/" not in file.name)
         return Snapshot(self.name, adapter_id, info.sha, select_files(adapter_id, top, self._options.max_adapter_bytes), revision=revision)
 
+    def place(self, adapter_id: str) -> str:
+        """See Source: owner/name."""
+        return _check_repo_id(adapter_id)
+
     def adapter_ids(self, limit: int) -> list[str]:
         """None: what the hub holds is not ours to list."""
         return []

@@ -59,6 +59,10 @@ class LocalSource:
         in_place = weights_in(file.name for file in listing) == weights_in(names)
         return Snapshot(self.name, adapter_id, version, files, folder=folder if in_place else None, settled=settled)
 
+    def place(self, adapter_id: str) -> str:
+        """See Source: the path below adapters_dir."""
+        return "/".join(split_id(adapter_id))
+
     def fetch(self, snapshot: Snapshot, into: Path, api_token: str | None = None, progress: Progress | None = None) -> None:
         """See Source. Copies; noticed if a file changes meanwhile."""
         tally = Tally(snapshot, progress)

@@ -98,6 +98,10 @@ class S3Source:
         names = "".join(f"{file.name}\0{file.size_bytes}\0{file.version}\n" for file in files)
         return Snapshot(self.name, str(where), hashlib.sha256(names.encode()).hexdigest(), files, given_id=adapter_id)
 
+    def place(self, adapter_id: str) -> str:
+        """See Source: bucket/key."""
+        return "/".join(locate(adapter_id, self._options.model_bucket, self._options.model_folder))
+
     def fetch(self, snapshot: Snapshot, into: Path, api_token: str | None = None, progress: Progress | None = None) -> None:
         """See Source. Each object is read with the ETag of the listing as a condition."""
         where = locate(snapshot.adapter_id, None, None)

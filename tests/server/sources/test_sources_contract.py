@@ -48,6 +48,21 @@ def test_what_is_listed_can_be_asked_for(world: tuple[str, World]) -> None:
     assert len(source.adapter_ids(2)) == 2
 
 
+def test_a_place_is_said_without_asking_and_is_below_its_folder(world: tuple[str, World]) -> None:
+    """What a tenant may reach is said as beginnings of places: one place an id, whether there is anything or not."""
+    source = open_source(world)
+    for name in ("nothing", "sql"):
+        adapter_id = world[1].adapter_id(name)
+        place = source.place(adapter_id)
+        assert (
+            place.endswith(adapter_id.removeprefix("s3://").rsplit("/", 1)[-1]) and not place.startswith(("/", "s3:")) and ".." not in place
+        )
+        assert source.place(adapter_id) == place
+    for wrong in ("../team/sql", "team/../other", "/etc", "team//sql", "team\\sql", "", "team/.hidden"):
+        with pytest.raises(ValidationFailed):
+            source.place(wrong)
+
+
 def test_version_names_the_bytes(world: tuple[str, World]) -> None:
     source, adapter_id = open_source(world), world[1].adapter_id("sql")
     world[1].put("sql", adapter_files(1))
