@@ -18,6 +18,7 @@ MODEL_ORIGIN=''     # as server.host.deliver takes it
 SHARED_DIR=''       # where it lies for all instances; empty: each fetches it for itself
 HUB_SECRET_ARN=''   # secret with the hub's token; empty: none
 ADMIN_SECRET_ARN='' # secret with the servers' admin key; empty: admin routes are off
+GATEWAY_SECRET_ARN='' # secret by which the servers know the gateway; empty: it names no tenants
 LOG_GROUP=''        # CloudWatch log group; empty: no agent
 DRAIN_HOOK=''       # lifecycle hooks that server.host.agent completes
 LAUNCH_HOOK=''
@@ -97,6 +98,15 @@ mount_shared() {
     mountpoint -q "$MOUNT_POINT" || retry mount "$MOUNT_POINT"
 }
 
+first_tenants() {  # a file to begin with, where tenants are asked for and nobody has put one yet
+    local file=${MANYLORA_TENANTS_FILE:-} place=${MANYLORA_MODEL_BUCKET:-}${MANYLORA_MODEL_FOLDER:+/$MANYLORA_MODEL_FOLDER}
+    if [ -z "$file" ] || [ -e "$file" ]; then return; fi
+    sed "s|@PLACE@|$place|g" "$PREFIX/current/ami/tenants.toml" >"$file.$$"
+    chown "$USER_ID:$USER_ID" "$file.$$" 2>/dev/null || true
+    ln "$file.$$" "$file" 2>/dev/null || true  # another instance was first
+    rm -f "$file.$$"
+}
+
 write_configuration() {
     local cache='' name value
     if [ -n "$CACHE_ROOT" ] && mountpoint -q "$CACHE_ROOT"; then
@@ -110,12 +120,13 @@ write_configuration() {
         mkdir -p "${!name}"
         chown "$USER_ID:$USER_ID" "${!name}" 2>/dev/null || true  # an EFS access point has done so, and lets nobody
     done
+    first_tenants
     for name in $(compgen -A variable MANYLORA_); do
         value=${!name//\\/\\\\}
         printf '%s="%s"\n' "$name" "${value//\"/\\\"}"
     done >"$CONFIG/server.env.new"
     mv "$CONFIG/server.env.new" "$CONFIG/server.env"
-    for name in REGION MODEL_ORIGIN SHARED_DIR HUB_SECRET_ARN ADMIN_SECRET_ARN DRAIN_HOOK LAUNCH_HOOK MOUNT_POINT LOG_GROUP; do
+    for name in REGION MODEL_ORIGIN SHARED_DIR HUB_SECRET_ARN ADMIN_SECRET_ARN GATEWAY_SECRET_ARN DRAIN_HOOK LAUNCH_HOOK MOUNT_POINT LOG_GROUP; do
         printf '%s="%s"\n' "$name" "${!name}"
     done >"$CONFIG/host.env"
     printf 'CACHE_DIR="%s"\nMODEL_LINK="%s"\nPORT="%s"\n' "$cache" "$MANYLORA_MODEL_ID" "$MANYLORA_PORT" >>"$CONFIG/host.env"

@@ -20,13 +20,14 @@ from infra.auth import MODES
 from infra.config import KitConfig
 from infra.errors import ConfigError
 from infra.front_door import add_domain, add_firewall
+from infra.gateway_key import GatewayKey
 from infra.gateway_logs import ACCESS_LOG_FORMAT, GatewayLogs
 from infra.load_balancer import LoadBalancer
 from infra.network import Network
 from infra.routes import Access, Route, mapped
 
 STAGE = "prod"
-TENANT_HEADER, ADMIN_HEADER = "X-Manylora-Tenant", "X-Manylora-Admin-Key"
+TENANT_HEADER, GATEWAY_HEADER, ADMIN_HEADER = "X-Manylora-Tenant", "X-Manylora-Gateway-Key", "X-Manylora-Admin-Key"
 NOBODY = "'anonymous'"  # the tenant of a request without a key; quoted: a constant in API Gateway's mappings
 SHORT_TIMEOUT_S = 29  # of a buffered answer: what API Gateway allows without a quota request
 CORS_METHODS = ["GET", "POST", "DELETE"]
@@ -48,10 +49,18 @@ class Endpoint(Construct):
     """`api`, `auth`, `url` (ends in /), `api_key` (None but for auth "api_key"), `logs`."""
 
     def __init__(
-        self, scope: Construct, id: str, *, config: KitConfig, network: Network, load_balancer: LoadBalancer, admin_key: AdminKey
+        self,
+        scope: Construct,
+        id: str,
+        *,
+        config: KitConfig,
+        network: Network,
+        load_balancer: LoadBalancer,
+        admin_key: AdminKey,
+        gateway_key: GatewayKey,
     ) -> None:
         super().__init__(scope, id)
-        self._config, self._load_balancer, self._admin_key = config, load_balancer, admin_key
+        self._config, self._load_balancer, self._admin_key, self._gateway_key = config, load_balancer, admin_key, gateway_key
         self._vpc_link = apigwv2.VpcLink(
             self, "VpcLink", vpc=network.vpc, subnets=network.edge_subnets, security_groups=[network.edge_security_group]
         )
@@ -60,7 +69,7 @@ class Endpoint(Construct):
         self.logs.watch(self.api, STAGE)
         self.auth = MODES[config.endpoint.auth](self, config=config)
         self._validator = self.api.add_request_validator("Validator", validate_request_body=True, validate_request_parameters=True)
-        methods = [(route, self._add(route)) for route in mapped(has_admin=self.auth.has_admin)]
+        methods = [(route, self._add(route)) for route in mapped(has_admin=self.auth.has_admin, tenants=config.endpoint.tenants)]
         self.auth.attach(self.api, [method for route, method in methods if route.access is Access.ADMIN])
         self._add_error_headers()
         add_firewall(self, config=config, stage=self.api.deployment_stage)
@@ -135,11 +144,7 @@ class Endpoint(Construct):
             self._load_balancer.listener,
             vpc_link=self._vpc_link,
             path=route.path.replace("+}", "}"),
-            request_parameters={
-                f"integration.request.header.{TENANT_HEADER}": NOBODY if anyone else self.auth.tenant,  # overwrites the caller's
-                **({f"integration.request.header.{ADMIN_HEADER}": self._admin_key.constant} if route.access is Access.ADMIN else {}),
-                **{f"integration.request.path.{name}": f"method.request.path.{name}" for name in names},
-            },
+            request_parameters=self._headers(route) | {f"integration.request.path.{name}": f"method.request.path.{name}" for name in names},
             response_transfer_mode=apigw.ResponseTransferMode.STREAM if route.generates else None,
             timeout=cdk.Duration.seconds(self._config.endpoint.timeout_s if route.generates else SHORT_TIMEOUT_S),
         )
@@ -154,6 +159,16 @@ class Endpoint(Construct):
         if anyone:
             _acknowledge_open(method, "the page and its files hold no data; the calls that it makes carry the visitor's key")
         return method
+
+    def _headers(self, route: Route) -> dict[str, str]:
+        """What the servers are told beside the request. A header that the caller sent under one of these names is overwritten, or it is of
+        no use to him: without the gateway's key the servers believe no tenant."""
+        headers = {TENANT_HEADER: NOBODY if route.access is Access.ANYONE else self.auth.tenant}
+        if self._config.endpoint.tenants and route.access is not Access.ANYONE:
+            headers[GATEWAY_HEADER] = self._gateway_key.constant
+        if route.access is Access.ADMIN:
+            headers[ADMIN_HEADER] = self._admin_key.constant
+        return {f"integration.request.header.{name}": value for name, value in headers.items()}
 
     def _add_error_headers(self) -> None:
         """A browser shows the gateway's own refusals to the page only if they, too, say that it may read them."""

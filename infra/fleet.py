@@ -18,6 +18,7 @@ from infra.artifact import ServerArtifact
 from infra.boot_phases import grace_s
 from infra.config import KitConfig
 from infra.fleet_role import make_fleet_role
+from infra.gateway_key import GatewayKey
 from infra.image import ServerImage
 from infra.log_group import make_log_group
 from infra.model import BaseModel
@@ -51,17 +52,18 @@ class GpuFleet(Construct):
         target_group: elbv2.ApplicationTargetGroup,
         artifact: ServerArtifact,
         admin_key: AdminKey,
+        gateway_key: GatewayKey,
     ) -> None:
         super().__init__(scope, id)
         self._config, self._network, self._bucket, self._shared_files = config, network, bucket, shared_files
         self.grace_s = grace_s(config)
         self.log_group = make_log_group(self, "LogGroup", config=config)
         self.role = make_fleet_role(self, "Role", config=config, log_groups=[self.log_group])
-        for grants in (bucket, model, artifact, admin_key):
+        for grants in (bucket, model, artifact, admin_key, gateway_key):
             grants.grant_read(self.role)
         shared_files.grant_mount(self.role)
         self._acknowledge_prefixes()
-        self.template = self._make_template(image, self._render_user_data(model, artifact, admin_key))
+        self.template = self._make_template(image, self._render_user_data(model, artifact, admin_key, gateway_key))
         self.group = self._make_group(network)
         cast(cdk.CfnElement, self.group.node.default_child).override_logical_id(GROUP_ID)
         self.group.node.add_dependency(self.role)  # with its policies: an instance that boots before them fails
@@ -164,7 +166,7 @@ class GpuFleet(Construct):
             ),
         )
 
-    def _render_user_data(self, model: BaseModel, artifact: ServerArtifact, admin_key: AdminKey) -> str:
+    def _render_user_data(self, model: BaseModel, artifact: ServerArtifact, admin_key: AdminKey, gateway_key: GatewayKey) -> str:
         config, stack = self._config, cdk.Stack.of(self)
         bucket_name = self._bucket.bucket.bucket_name
         wheels = config.image.wheelhouse_prefix
@@ -184,6 +186,7 @@ class GpuFleet(Construct):
             "SHARED_DIR": "" if self._shared_files.shows_bucket else SHARED_DIR,
             "HUB_SECRET_ARN": config.model.hub_secret_arn or "",
             "ADMIN_SECRET_ARN": admin_key.arn,
+            "GATEWAY_SECRET_ARN": gateway_key.arn,
             "LOG_GROUP": self.log_group.log_group_name,
             "DRAIN_HOOK": DRAIN_HOOK,
             "LAUNCH_HOOK": LAUNCH_HOOK if config.fleet.warm_pool else "",

@@ -4,7 +4,7 @@ Owns the list. `Endpoint` makes a method of each row; nothing is mapped by a wil
 with the routers of `server.api`: a route of the server is either here or in NOT_MAPPED, with the reason.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 
@@ -62,6 +62,10 @@ NOT_MAPPED: dict[str, str] = {
 }
 
 
-def mapped(*, has_admin: bool) -> tuple[Route, ...]:
-    """The routes of an endpoint whose auth mode can (`has_admin`) or cannot tell an admin from a caller."""
+def mapped(*, has_admin: bool, tenants: bool = False) -> tuple[Route, ...]:
+    """The routes of an endpoint whose auth mode can (`has_admin`) or cannot tell an admin from a caller.
+
+    `tenants`: where it cannot, the admin routes are every caller's: the servers give each tenant what is its own."""
+    if tenants and not has_admin:
+        return tuple(replace(route, access=Access.CALLER) if route.access is Access.ADMIN else route for route in ROUTES)
     return tuple(route for route in ROUTES if has_admin or route.access is not Access.ADMIN)

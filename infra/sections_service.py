@@ -104,6 +104,9 @@ class EndpointConfig(Section):
     )
     jwt_admin_scope: str = Field("manylora/admin", min_length=1, description="With auth jwt: the scope that admin routes want.")
     lambda_arn: Arn | None = Field(None, description="With auth lambda: the authorizer's function.")
+    tenants: bool = Field(
+        False, description="Callers are tenants, each with its own adapters and limits (docs/tenants.md); the default is one for all."
+    )
     rate: float = Field(20, gt=0, le=10_000, description="Requests a second of the stage, and of a key.")
     burst: int = Field(40, ge=1, le=5_000, description="Requests above rate for a moment.")
     quota_per_day: int | None = Field(None, ge=1, description="With auth api_key: requests of a key a day.")

@@ -31,6 +31,8 @@ OWNED = {
     "cors_allow_origin": "endpoint.cors_origins",
     "cors_allow_method": "endpoint.cors_origins",
     "cors_allow_header": "endpoint.cors_origins",
+    "tenants_file": "endpoint.tenants",
+    "gateway_key": "none: made by the kit with endpoint.tenants",
     "admin_key": "none: made by the kit where endpoint.auth can tell an admin",
 }
 _TYPES: dict[str, tuple[type, ...]] = {

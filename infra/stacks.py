@@ -17,6 +17,7 @@ from infra.cost import cost_text
 from infra.custom_resources import bound_providers
 from infra.endpoint import Endpoint
 from infra.fleet import GpuFleet
+from infra.gateway_key import GatewayKey
 from infra.image import ServerImage
 from infra.image_pipeline import ImagePipeline
 from infra.load_balancer import LoadBalancer
@@ -85,6 +86,7 @@ class ServiceStack(KitStack):
             self, "BaseModel", config=config, bucket=data.bucket, shared_files=data.shared_files, embedded_dir=embedded_dir
         )
         admin_key = AdminKey(self, "AdminKey", config=config)
+        gateway_key = GatewayKey(self, "GatewayKey", config=config)
         self.load_balancer = LoadBalancer(self, "LoadBalancer", config=config, network=data.network)
         self.fleet = GpuFleet(
             self,
@@ -98,6 +100,7 @@ class ServiceStack(KitStack):
             target_group=self.load_balancer.target_group,
             artifact=ServerArtifact(self, "ServerArtifact"),
             admin_key=admin_key,
+            gateway_key=gateway_key,
         )
         self.endpoint = Endpoint(
             self,
@@ -106,6 +109,7 @@ class ServiceStack(KitStack):
             network=data.network,
             load_balancer=self.load_balancer,
             admin_key=admin_key,
+            gateway_key=gateway_key,
         )
         self.scaling = Scaling(self, "Scaling", config=config, fleet=self.fleet, load_balancer=self.load_balancer)
         self.observability = Observability(

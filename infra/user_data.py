@@ -73,5 +73,7 @@ def server_environment(config: KitConfig, *, shared_files: SharedFiles, bucket_n
         settings["otlp_endpoint"] = config.observability.otlp_endpoint
     if not shared_files.shows_bucket:
         settings["store_dir"] = f"{MOUNT_POINT}/store"  # user-data puts it on the instance store otherwise
+    if config.endpoint.tenants:
+        settings["tenants_file"] = f"{settings['registry_dir']}/tenants.toml"  # user-data puts a first one there
     settings |= edge_settings(config) | config.server
     return {f"{PREFIX}{name.upper()}": environment_value(value) for name, value in settings.items()}

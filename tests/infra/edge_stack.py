@@ -14,6 +14,7 @@ from aws_cdk import aws_iam as iam
 from infra.admin_key import AdminKey
 from infra.config import KitConfig
 from infra.endpoint import Endpoint
+from infra.gateway_key import GatewayKey
 from infra.load_balancer import LoadBalancer
 from infra.network import Network
 from infra.observability import Observability
@@ -39,7 +40,10 @@ def _synth(overrides: str) -> "Template":
     network = Network(data, "Network", config=config)
     load_balancer = LoadBalancer(edge, "LoadBalancer", config=config, network=network)
     admin_key = AdminKey(edge, "AdminKey", config=config)
-    endpoint = Endpoint(edge, "Endpoint", config=config, network=network, load_balancer=load_balancer, admin_key=admin_key)
+    gateway_key = GatewayKey(edge, "GatewayKey", config=config)
+    endpoint = Endpoint(
+        edge, "Endpoint", config=config, network=network, load_balancer=load_balancer, admin_key=admin_key, gateway_key=gateway_key
+    )
     fleet = stand_in_fleet(edge, network)
     fleet.group.attach_to_application_target_group(load_balancer.target_group)
     Scaling(edge, "Scaling", config=config, fleet=fleet, load_balancer=load_balancer)

@@ -46,11 +46,11 @@ def test_every_variable_is_a_setting_that_the_server_takes(overrides, shows_buck
 def test_every_setting_has_a_way_in():
     """Either the kit sets it, and says which key to use instead, or a deployer may set it in [server]; nothing else exists."""
     assert set(SETTINGS) == set(Settings.model_fields)
-    everything = {"endpoint.cors_origins": ["https://a.example"], "observability.tracing": "xray"}
+    everything = {"endpoint.cors_origins": ["https://a.example"], "endpoint.tenants": True, "observability.tracing": "xray"}
     own = {name.removeprefix("MANYLORA_").lower() for name in environment(everything)}
     assert own <= set(Settings.model_fields)
     assert set(OWNED) <= set(Settings.model_fields)
-    elsewhere = {"revision", "s3_endpoint_url", "admin_key"}  # a hub model's; none in the kit; fetched at start from its secret
+    elsewhere = {"revision", "s3_endpoint_url", "admin_key", "gateway_key"}  # a hub model's; none in the kit; fetched at start
     assert set(OWNED) - own == elsewhere
 
 

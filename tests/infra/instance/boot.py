@@ -67,6 +67,7 @@ class Machine:
             "SHARED_DIR": "/mnt/manylora/base",
             "HUB_SECRET_ARN": "",
             "ADMIN_SECRET_ARN": "",
+            "GATEWAY_SECRET_ARN": "",
             "LOG_GROUP": "try",
             "DRAIN_HOOK": "drain",
             "LAUNCH_HOOK": "",
