@@ -43,6 +43,8 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/openapi.json"),
     *(Route(method, "/v1/adapters", Access.ADMIN) for method in ("GET", "POST")),
     *(Route(method, "/v1/adapters/{name+}", Access.ADMIN) for method in ("GET", "POST", "DELETE")),
+    Route("GET", "/v1/intake", Access.ADMIN),
+    Route("GET", "/v1/stats", Access.ADMIN),
     Route("GET", "/ui", Access.ANYONE),
     Route("GET", "/ui/{file+}", Access.ANYONE),
 )

@@ -9,7 +9,7 @@ import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
@@ -93,6 +93,20 @@ class AdapterSeries:
         """A request failed. An id that never answered one has no place: anybody can make ids up."""
         self.failures.labels(*self._labels(adapter, source, place=False)).inc()
 
+    def totals(self) -> list[dict[str, Any]]:
+        """What each series counted: adapter, source, requests, failures, tokens, first_token_s (added up)."""
+        columns = {
+            "requests": _samples(self.requests, "_total"), "failures": _samples(self.failures, "_total"),
+            "tokens": _samples(self.tokens, "_total"),
+        }  # fmt: skip
+        first_token = _samples(self.first_token, "_sum")
+        return [
+            {"adapter": adapter, "source": source}
+            | {name: int(values.get((adapter, source), 0)) for name, values in columns.items()}
+            | {"first_token_s": first_token.get((adapter, source), 0.0)}
+            for adapter, source in sorted(set().union(*columns.values()))
+        ]
+
     def _labels(self, adapter: str, source: str, *, place: bool) -> tuple[str, str]:
         key, now = (adapter, source), self._clock()
         if place and key not in self._places and adapter != "_merged":
@@ -122,6 +136,15 @@ class TenantSeries:
         self.limited = Counter(
             "manylora_limit_refusals", "Requests refused by a limit of a tenant or adapter", ["limit"], registry=registry
         )
+
+
+class RequestSums(NamedTuple):
+    """All requests of a server since its start."""
+
+    requests: float
+    succeeded: float
+    failed: float
+    first_token_s: float  # added up
 
 
 class Metrics:
@@ -168,6 +191,16 @@ class Metrics:
         """Take over the engine's numbers (fields of EngineStats)."""
         self._engine.update(stats)
 
+    def engine_numbers(self) -> dict[str, float]:
+        """The engine's last numbers (fields of EngineStats)."""
+        return dict(self._engine)
+
+    def request_sums(self) -> RequestSums:
+        """What the counters of all requests say."""
+        counters = (self.request_count, self.request_success, self.request_failure, self.time_to_first_token)
+        suffixes = ("_total", "_total", "_total", "_sum")
+        return RequestSums(*(sum(_samples(one, end).values()) for one, end in zip(counters, suffixes, strict=True)))
+
     def render(self) -> bytes:
         """The text exposition format."""
         return _LORAX_COUNTER.sub(rb"\1", generate_latest(self.registry))
@@ -210,6 +243,11 @@ class _RequestStates:
         for state in ("preparing", "waiting", "running"):
             family.add_metric([state], states.count(state))
         yield family
+
+
+def _samples(family: Counter | Histogram, suffix: str) -> dict[tuple[str, ...], float]:
+    """Label values -> value, of the family's samples of that suffix."""
+    return {tuple(one.labels.values()): one.value for found in family.collect() for one in found.samples if one.name.endswith(suffix)}
 
 
 def _histogram(

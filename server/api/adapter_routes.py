@@ -104,6 +104,12 @@ async def unpin(name: str, request: Request, api: OrdersApi) -> Response:
     return await _ordered(api, api.access(request), name, Access.to_order, lambda kept: _publisher(api).pin(kept, False))
 
 
+@router.post("/v1/adapters/{name:path}/rollback", response_model=AdapterRow, responses=_ERRORS)
+async def roll_back(name: str, request: Request, api: OrdersApi) -> Response:
+    """Let the version before answer again, under its own number, on every server. 409 if none is kept."""
+    return await _ordered(api, api.access(request), name, Access.to_order, lambda kept: _publisher(api).roll_back(kept))
+
+
 @router.post("/v1/adapters/{name:path}/unload", response_model=AdapterRow, responses=_ERRORS)
 async def unload(name: str, request: Request, api: OrdersApi) -> Response:
     """Free its memory on every server when its last request there has ended. The name stays: a request for it loads it again."""

@@ -3,6 +3,7 @@
 Owns nothing but the words: `state` is what is going on with a name, `tier` where its weights are on this server.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -40,7 +41,7 @@ class AdapterStatus:
             if access.is_own(selection):
                 row["owner"], row["source_id"] = access.tenant.name, shown(row["source_id"])
             else:
-                row |= {"source_id": row["id"], "hits": None, "requests": None, "error": None}
+                row |= {"source_id": row["id"], "hits": None, "requests": None, "error": None, "past_versions": []}
         return row
 
     def _row(self, selection: AdapterSelection) -> dict[str, Any]:
@@ -57,6 +58,7 @@ class AdapterStatus:
             "source": version.source if version is not None else selection.source,
             "source_id": version.adapter_id if version is not None else selection.adapter_id,
             "version": version.number if version is not None else None,
+            "past_versions": [one.number for one in entry.past] if is_name else [],
             "published_at": version.published_at if version is not None else None,
             "hash": adapter_hash,
             "base": facts.base_name if facts is not None else None,
@@ -79,6 +81,12 @@ class AdapterStatus:
             tier = self._residency.tier(adapter_hash)
             rows.append({"hash": adapter_hash, "requests": num_requests, "memory_bytes": tier.bytes if tier is not None else 0})
         return rows
+
+    def num_by_tier(self) -> Counter[str]:
+        """Adapters of this server, each counted once, by the nearest tier that has it: device, host or disk."""
+        used = [use.ref.hash for _, use in self._residency.uses()]
+        tiers = {one: "disk" for one in used} | {one: tier.state for one, tier in self._residency.tiers()}
+        return Counter(tier if tier in ("device", "host") else "disk" for tier in tiers.values())
 
     def _state(self, selection: AdapterSelection, tier: Tier | None) -> str:
         if tier is not None:

@@ -105,8 +105,9 @@ class AdapterResolver:
         flight.num_waiting += 1
         try:
             found = await asyncio.shield(flight.task)
+            tier = self.residency.tier(found.ref.hash)  # before this request moves it
             self.residency.resolved(selection.name_key, found.ref, stamps, found.rank, found.base_name)
-            return found
+            return replace(found, tier=tier.state) if tier is not None and tier.state in ("host", "device") else found
         except AdapterNotFound:
             self.residency.unload(selection.name_key)
             raise
@@ -163,7 +164,8 @@ class AdapterResolver:
         self._known.pop(key, None)
         if all(one.settled for one in packed.snapshots):
             self._remember(key, _known(packed))
-        return self._resolved(_known(packed), packed.own[1] if packed.own is not None else self._base)
+        found = self._resolved(_known(packed), packed.own[1] if packed.own is not None else self._base)
+        return replace(found, tier="source") if packed.is_new else found
 
     async def _in_thread(self, flight: _Flight, source: str, work: Work, run: Callable[[], Result]) -> Result:
         """The result of `run`; nothing is begun for a flight that everybody left."""

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response
 
 from server import __version__
-from server.api import adapter_routes, health, native, openai_chat, openai_completions, other_models
+from server.api import adapter_routes, health, intake, native, openai_chat, openai_completions, other_models, stats
 from server.api.adapter_status import AdapterStatus
 from server.api.adapters import AdapterResolver
 from server.api.admission import Admission
@@ -221,8 +221,8 @@ def make_app(api: Api) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.api = api
-    for router in (native.router, openai_completions.router, openai_chat.router, other_models.router, adapter_routes.router, health.router):
-        app.include_router(router)
+    for part in (native, openai_completions, openai_chat, other_models, adapter_routes, intake, stats, health):
+        app.include_router(part.router)
     app.add_exception_handler(ServerError, _on_server_error)
     app.add_exception_handler(ClientGone, _on_client_gone)
     app.add_exception_handler(HTTPException, _on_http_error)

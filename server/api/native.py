@@ -141,6 +141,7 @@ async def _prepared(request: Request, api: Api, body: GenerateRequest, record: R
         with api.admitted(access, selection, parameters.best_of or 1, record) as lease:
             lease.check_output(parameters.max_new_tokens, "max_new_tokens")
             adapter = await api.resolve(selection)
+            record.found(adapter)
             with api.adapters.pinned(adapter):
                 job = await _plan(api, body.inputs, parameters, wishes, adapter, record, lease, access.share(selection))
                 yield job

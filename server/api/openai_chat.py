@@ -77,7 +77,7 @@ async def _events(request: Request, api: Api, body: ChatRequest, record: Record)
             if sequence.finish_reason is not None:
                 yield chunk(sequence, {}, finish=turn.finish_of(sequence))
         if with_usage:
-            yield event(envelope | {"choices": [], "usage": usage_of(job.generation)})
+            yield event(envelope | {"choices": [], "usage": usage_of(job.generation), "adapter_tier": record.adapter_tier})
         yield DONE
 
 

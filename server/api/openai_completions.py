@@ -72,7 +72,8 @@ async def _events(request: Request, api: Api, body: CompletionRequest, record: R
             choice = {"index": sequence.index, "text": text, "logprobs": logprobs, "finish_reason": _finish(body, sequence)}
             yield event(envelope | {"choices": [choice]})
         if with_usage:
-            yield event(envelope | {"choices": [], "usage": usage_of(job.generation, only_prompt=_only_echo(body))})
+            usage = usage_of(job.generation, only_prompt=_only_echo(body))
+            yield event(envelope | {"choices": [], "usage": usage, "adapter_tier": record.adapter_tier})
         yield DONE
 
 

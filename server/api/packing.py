@@ -34,6 +34,7 @@ class Packed:
     rank: int
     own: tuple[str, Tokenizer] | None = None
     base_name: str | None = None
+    is_new: bool = False  # the store had no pack of it
 
 
 class AdapterPacker:
@@ -49,16 +50,18 @@ class AdapterPacker:
         """Fetch and pack what is not yet there. The errors of Source and of adapters.pack, which name adapters as the caller did."""
         stored = [self._store.materialize(source, snapshot, api_token=selection.api_token) for snapshot in snapshots]
         refs: list[AdapterRef] = []
+        written: list[str] = []
         for index, adapter_id in enumerate(selection.shown_ids):
 
             def pack(one: StoredAdapter, adapter_id: str = adapter_id) -> AdapterRef:
-                return self._pack(one, adapter_id, layout)
+                return self._pack(one, adapter_id, layout, written)
 
             stored[index], ref = self._healed(source, stored[index], selection.api_token, pack)
             refs.append(ref)
         if selection.merge is not None:
-            merged = self._merge(selection.merge, refs, layout)
-            return Packed(merged, tuple(one.snapshot for one in stored), read_header(Path(merged.path))[0].max_rank)
+            merged = self._merge(selection.merge, refs, layout, written)
+            rank = read_header(Path(merged.path))[0].max_rank
+            return Packed(merged, tuple(one.snapshot for one in stored), rank, is_new=bool(written))
         header = read_header(Path(refs[0].path))[0]
 
         def load(one: StoredAdapter) -> tuple[str, Tokenizer] | None:
@@ -66,7 +69,7 @@ class AdapterPacker:
                 return self._tokenizers.load(one, header.vocab_size)
 
         one, own = self._healed(source, stored[0], selection.api_token, load)
-        return Packed(refs[0], (one.snapshot,), header.max_rank, own, _base_name(one))
+        return Packed(refs[0], (one.snapshot,), header.max_rank, own, _base_name(one), bool(written))
 
     def _healed(
         self, source: Source, stored: StoredAdapter, api_token: str | None, work: Callable[[StoredAdapter], Result]
@@ -82,21 +85,25 @@ class AdapterPacker:
         stored = self._store.materialize(source, stored.snapshot, api_token=api_token)
         return stored, work(stored)
 
-    def _pack(self, stored: StoredAdapter, adapter_id: str, layout: BaseLayout) -> AdapterRef:
+    def _pack(self, stored: StoredAdapter, adapter_id: str, layout: BaseLayout, written: list[str]) -> AdapterRef:
+        """The adapter's pack; its hash is added to `written` if the store had none."""
+
         def write(out: Path) -> None:
+            written.append(stored.hash)
             write_pack(stored.path, layout, stored.hash, out)
 
         with _naming(adapter_id):
             path = self._store.publish_pack(stored.hash, _pack_key(layout), write, stored)
         return AdapterRef(stored.hash, str(path), stored.hash[:12] if self._name_by_hash else adapter_id)
 
-    def _merge(self, merge: Merge, refs: list[AdapterRef], layout: BaseLayout) -> AdapterRef:
+    def _merge(self, merge: Merge, refs: list[AdapterRef], layout: BaseLayout, written: list[str]) -> AdapterRef:
         """The merged pack, under the hash of all that goes into it. Its random masks come of that hash, so the seed is always 0."""
         options = (merge.strategy, merge.density, merge.majority_sign_method, 0)
         hash = merge_hash([(ref.hash, weight) for ref, weight in zip(refs, merge.weights, strict=True)], *options)
         inputs = [(Path(ref.path), weight) for ref, weight in zip(refs, merge.weights, strict=True)]
 
         def write(out: Path) -> None:
+            written.append(hash)
             merge_packs(inputs, *options, self._max_merged_rank, out)
 
         path = self._store.publish_pack(hash, _pack_key(layout), write)

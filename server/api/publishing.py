@@ -20,7 +20,8 @@ from server.api.names import shown
 from server.api.packing import AdapterPacker, Packed
 from server.api.pins import Pins
 from server.api.published import OneVersion, PublishedWeights
-from server.api.registry import NOTHING, Entry, Registry, Version
+from server.api.registry import NOTHING, Change, Entry, Registry, Version
+from server.api.versions import published, rolled_back, to_return_to
 from server.errors import AdapterNotFound, AdapterRefused, Conflict, ServerError, SourceUnavailable, Unavailable, ValidationFailed
 from server.sources import SourceChanged, Sources, Store, StoredAdapter
 from server.sources.base import not_found
@@ -76,17 +77,27 @@ class Publisher:
             raise _taken(order.name)
         layout = self._layout()
         stored, packed = await self._adapters.run(order.source, lambda packer: self._copy(order, layout, packer))
+        version = Version(
+            hash=packed.ref.hash, number=0, source=order.source, adapter_id=order.adapter_id, size_bytes=stored.bytes,
+            published_at=int(time.time()), rank=packed.rank, base_name=packed.base_name,
+        )  # fmt: skip
+        return await self._give(order.name, packed, lambda before, now: self._publish(order, version, before, now))
+
+    async def roll_back(self, name: str) -> Entry:
+        """The version before answers again. AdapterNotFound, Conflict: versions.to_return_to; the errors of adapters.pack."""
+        version, layout = to_return_to(name, self.registry.entry(name)), self._layout()
+        packed = await self._adapters.run(self.registry.default_source, lambda packer: self._pack(version.hash, name, layout, packer))
+        return await self._give(name, packed, lambda before, now: rolled_back(name, before, version, now))
+
+    async def _give(self, name: str, packed: Packed, change: Change) -> Entry:
+        """Load the weights, then let the name mean them by `change`."""
         ref = packed.ref
         try:
             with self._store.pinned(ref.hash), self._residency.running(ref.hash):
                 await self._residency.load(ref, LOAD_TIMEOUT_S)
-                version = Version(
-                    hash=ref.hash, number=0, source=order.source, adapter_id=order.adapter_id, size_bytes=stored.bytes,
-                    published_at=int(time.time()), rank=packed.rank, base_name=packed.base_name,
-                )  # fmt: skip
-                entry = await self.registry.update(order.name, lambda before, now: self._publish(order, version, before, now))
+                entry = await self.registry.update(name, change)
                 if entry.version is not None and entry.version.hash == ref.hash:
-                    selection = self._selection(order.name)
+                    selection = self._selection(name)
                     stamps = self.registry.stamps(selection.source, selection.ids)
                     self._residency.resolved(selection.name_key, ref, stamps, packed.rank, packed.base_name)
         finally:
@@ -146,12 +157,7 @@ class Publisher:
             raise _taken(order.name)
         if not self._weights.hold(version.hash):
             raise SourceUnavailable(f"Adapter '{shown(order.name)}': its weights were removed while it was published; try again")
-        pinned = before.pinned if order.pin is None else order.pin
-        if before.version is not None and before.version.hash == version.hash:
-            return msgspec.structs.replace(before, pinned=pinned)
-        number = before.last_number + 1
-        version = msgspec.structs.replace(version, number=number)
-        return Entry(now, version, pinned=pinned, loaded=before.loaded, unloaded=before.unloaded, last_number=number)
+        return published(before, version, now, order.pin)
 
     def _copy(self, order: Order, layout: BaseLayout, packer: AdapterPacker) -> tuple[StoredAdapter, Packed]:
         """Fetch, copy to the shared file system, and pack from there: what is checked is what every server will read. Blocks."""
@@ -165,8 +171,12 @@ class Publisher:
             except SourceChanged:
                 if attempt == _NUM_ATTEMPTS - 1:
                     raise
-        version = OneVersion(self._weights, stored.hash)
-        return stored, packer.make(version, self._selection(order.name), [version.snapshot(order.name)], layout)
+        return stored, self._pack(stored.hash, order.name, layout, packer)
+
+    def _pack(self, adapter_hash: str, name: str, layout: BaseLayout, packer: AdapterPacker) -> Packed:
+        """Pack what lies in the registry's folder. Blocks."""
+        version = OneVersion(self._weights, adapter_hash)
+        return packer.make(version, self._selection(name), [version.snapshot(name)], layout)
 
     async def _prune(self) -> None:
         """Remove weights that no name means any more. Never a reason for an order to fail."""

@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal
 
-from server.api.adapters import AdapterSelection
+from server.api.adapters import AdapterSelection, ResolvedAdapter
 from server.api.body import ClientGone
 from server.api.generation import Generation
+from server.api.selection import AdapterTier
 from server.api.tenants.limits import Lease
 from server.errors import (
     AdapterNotFound,
@@ -51,6 +52,7 @@ class Record:
         self.id = uuid.uuid4().hex
         self.route, self.model_name, self.tenant = route, model_name, tenant
         self.status, self.outcome = 0, ""
+        self.adapter_tier: AdapterTier | None = None  # where its adapter was found; None: the base, or not known yet
         self.trace_parent = TRACE_PARENT.get() or {}
         self.arrived_at = time.monotonic()
         self.submitted_at: float | None = None
@@ -106,6 +108,10 @@ class Record:
     def num_used_tokens(self) -> int:
         """Read and generated so far."""
         return self.num_prompt_tokens + self.num_generated_tokens
+
+    def found(self, adapter: ResolvedAdapter | None) -> None:
+        """Its adapter is at hand."""
+        self.adapter_tier = adapter.tier if adapter is not None else None
 
     def submitted(self, generation: Generation, num_prompt_chars: int) -> None:
         """Checked, tokenized, on its way to the engine. LimitReached if its tokens are too many now."""
@@ -231,6 +237,8 @@ class Record:
             headers |= self.lease.headers()
         if self._selection is not None:
             headers |= {"x-adapter-id": _ascii(",".join(self._selection.shown_ids)), "x-adapter-source": self._selection.source}
+        if self.adapter_tier is not None:
+            headers["x-adapter-tier"] = self.adapter_tier
         return headers
 
 

@@ -43,6 +43,7 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
     loaded: int = 0  # generation of the last order to load it
     unloaded: int = 0  # generation of the last order to unload it
     last_number: int = 0  # of all versions that there were
+    past: tuple[Version, ...] = ()  # versions before this one that can answer again, the last one last
 
 
 class Names(msgspec.Struct, frozen=True):
@@ -84,8 +85,9 @@ class Registry:
         return sorted({*published, *(adapter_id for adapter_id in ids if not names.get(adapter_id, NOTHING).deleted)})
 
     def read_hashes(self) -> set[str]:
-        """The hashes that names mean, read from the file now. Blocks. OSError or ValueError if it cannot be read."""
-        return {entry.version.hash for entry in self._file.read().names.values() if entry.version is not None}
+        """The hashes that names mean or can go back to, read from the file now. Blocks. OSError or ValueError if it cannot be read."""
+        versions = (one for entry in self._file.read().names.values() for one in (entry.version, *entry.past))
+        return {version.hash for version in versions if version is not None}
 
     async def update(self, name: str, change: Change) -> Entry:
         """Change what a name means, for the whole fleet; it holds here when this returns. `change` may raise, and then nothing changes.

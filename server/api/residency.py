@@ -156,6 +156,10 @@ class Residency:
         """Where the engine has it; None: nowhere."""
         return self._tiers.get(adapter_hash)
 
+    def tiers(self) -> Iterator[tuple[str, Tier]]:
+        """Every hash that the engine has or has tried."""
+        return iter(self._tiers.items())
+
     def take(self, event: AdapterEvent) -> None:
         """The engine moved an adapter."""
         before = self._tiers.pop(event.hash, None)

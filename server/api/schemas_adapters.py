@@ -35,6 +35,7 @@ class AdapterRow(ResponseModel):
     source: str
     source_id: str = Field(description="Its id in the source.")
     version: int | None = Field(description="1, 2, ...; null unless it was published.")
+    past_versions: list[int] = Field(description="Numbers of the versions that rollbacks go back to, the oldest first.")
     published_at: int | None = Field(description="Seconds since 1970.")
     hash: str | None = Field(description="Of config and weights; null until it was first asked for.")
     base: str | None = Field(description="The base model that its config names.")

@@ -9,8 +9,10 @@ from pydantic import FailFast, Field, SkipValidation, field_validator, model_val
 
 from server.api.schemas_common import RequestModel, ResponseModel
 from server.api.schemas_tools import MAX_TOOLS, PastCall, Tool, ToolCall, ToolChoice
+from server.api.selection import AdapterTier
 from server.api.structured import ResponseFormat, StructuredOutputs
 
+_TIER = "With `usage`: where the adapter was found: device, host, disk, or source (fetched for this request); null for the base (addition)."
 _GUIDED = {name: ("; use `structured_outputs`", (None,)) for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar")}
 
 
@@ -226,6 +228,7 @@ class CompletionChunk(ResponseModel):
     model: str
     choices: list[CompletionChoice] = Field(description="Empty in the chunk that brings `usage`.")
     usage: Usage | None = Field(None, description="Only with `stream_options`; null in all chunks but the last.")
+    adapter_tier: AdapterTier | None = Field(None, description=_TIER)
 
 
 class DeltaFunction(ResponseModel):
@@ -262,6 +265,7 @@ class ChatChunk(ResponseModel):
     model: str
     choices: list[ChatChunkChoice] = Field(description="Empty in the chunk that brings `usage`.")
     usage: Usage | None = Field(None, description="Only with `stream_options`; null in all chunks but the last.")
+    adapter_tier: AdapterTier | None = Field(None, description=_TIER)
 
 
 class OpenAIErrorBody(ResponseModel):

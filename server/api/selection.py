@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from typing import Literal
 
 from server.api.names import shown
 from server.api.text.tokenizer import Tokenizer
@@ -19,6 +20,8 @@ class Merge:
     majority_sign_method: str = "total"
 
 
+# Where a request found its adapter: in memory, on this server's disk, or nowhere, so that it was fetched from its source and packed.
+AdapterTier = Literal["device", "host", "disk", "source"]
 NameKey = tuple[str, str, Merge | None]  # source, id, and for several merged ones (source, "", merge)
 
 
@@ -62,3 +65,4 @@ class ResolvedAdapter:
     own_template: bool  # the chat template is a stranger's
     rank: int = 0
     base_name: str | None = None  # the model that its config names
+    tier: AdapterTier = "disk"  # where this request found it

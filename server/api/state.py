@@ -6,9 +6,10 @@ Owns nothing itself but the short steps that several routes share: adapter resol
 import asyncio
 import json
 import logging
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -58,6 +59,7 @@ class Api:
     metrics: Metrics
     traces: Traces | None
     started_at: int  # seconds since 1970
+    server_id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])  # tells the servers of a fleet apart
 
     @property
     def compute_type(self) -> str:

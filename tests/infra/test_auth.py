@@ -1,6 +1,7 @@
 """The ways to authenticate: one contract for all that are registered, and what is particular to each."""
 
 import json
+import re
 
 import pytest
 
@@ -79,7 +80,7 @@ def test_the_policies_of_iam_name_methods_and_only_the_admins_has_admin_methods(
     for statement in (caller, admin):
         assert statement["Action"] == "execute-api:Invoke" and statement["Effect"] == "Allow"
     callers, admins = ([json.dumps(arn) for arn in statement["Resource"]] for statement in (caller, admin))
-    assert len(admins) == len(ADMIN) and all("/v1/adapters" in arn for arn in admins)
+    assert len(admins) == len(ADMIN) and all(re.search(r"/v1/(adapters|intake|stats)\b", arn) for arn in admins)
     assert len(callers) == len(mapped(has_admin=True)) - len(ADMIN) - len(OPEN)
     assert not any("/v1/adapters" in arn or "/ui" in arn for arn in callers)
 

@@ -78,6 +78,7 @@ def test_a_name_keeps_what_was_published_whatever_becomes_of_the_folder(fleet) -
         "id": "kept", "object": "adapter", "source": "local", "source_id": "kept-source", "version": 1, "hash": one, "base": "x", "rank": 3,
         "published_at": row["published_at"], "state": "ready", "tier": "host", "file_bytes": row["file_bytes"],
         "memory_bytes": row["memory_bytes"], "load_s": 0, "error": None, "hits": 0, "requests": 0, "pinned": False,
+        "past_versions": [],
     }  # fmt: skip
     assert row["file_bytes"] > 0 and row["memory_bytes"] > 0
     two = write(live, "kept-source", seed=2)

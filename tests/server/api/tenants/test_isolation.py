@@ -261,3 +261,19 @@ def test_openais_client_with_a_tenants_key(live, world: World) -> None:
         with pytest.raises(openai.AuthenticationError) as unknown:
             nobody.models.list()
         assert unknown.value.code == "key_unknown"
+
+
+def test_a_tenant_rolls_back_its_own_names_and_sees_no_numbers_of_all(live, world: World) -> None:
+    """What the page and the command line ask for."""
+    for adapter_id in ("acme/sql", "common/pirate"):
+        assert world.ask(live, "acme", "POST", "/v1/adapters", {"name": "turned", "id": adapter_id}).status_code == 200
+    absent = world.ask(live, "beta", "POST", "/v1/adapters/turned/rollback")
+    nothing = world.ask(live, "beta", "POST", "/v1/adapters/nothing/rollback")
+    assert without_ids(absent, "turned", "nothing") == without_ids(nothing, "turned", "nothing") and absent.status_code == 404
+    back = world.ask(live, "acme", "POST", "/v1/adapters/turned/rollback").json()
+    assert (back["id"], back["version"], back["source_id"], back["past_versions"]) == ("turned", 1, "acme/sql", [])
+    refusal = world.ask(live, "acme", "POST", "/v1/adapters/turned/rollback")
+    assert refusal.status_code == 409 and "`name` 'turned' has no version" in refusal.text
+    world.ask(live, "acme", "DELETE", "/v1/adapters/turned?release=true")
+    for path in ("/v1/stats", "/v1/intake"):
+        assert world.ask(live, "acme", "GET", path).status_code == 403 and world.ask(live, "operator", "GET", path).status_code == 200
