@@ -19,7 +19,7 @@ REHEARSAL := .venv-rehearse/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv model demo serve test lint format bench docs parity train-examples kit synth baselines rehearse rehearse-ready clean
+.PHONY: help venv model demo serve test lint format bench docs parity screenshots train-examples kit synth baselines rehearse rehearse-ready clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -74,6 +74,9 @@ parity: model ## prove each row of docs/lorax.md, then write its table
 
 docs: $(READY) ## write the tables of the documentation anew from the code
 	.venv/bin/python -m docs.tables
+
+screenshots: model ## take the pictures of docs/ui.md anew (needs Debian's chromium; minutes)
+	@.venv/bin/python -m docs.screenshots
 
 train-examples: model ## train and measure the three example adapters again (a few minutes each)
 	.venv/bin/python -m examples.train $(ARGS)

@@ -4,6 +4,8 @@ Owns the words on the terminal; `server_process` owns the process. Ctrl-C or SIG
 """
 
 import argparse
+import os
+import secrets
 import signal
 import sys
 
@@ -11,7 +13,10 @@ from examples.embedded_model import ModelUnavailable, ensure_model
 from examples.server_process import ServerFailed, ServerProcess, adapter_ids
 
 CURL_LINES = """
-Ready. Try, in another terminal:
+Ready. Open {url}/ui and press Ask: base and adapters answer side by side.
+For the views Adapters and Live, and for `python -m server adapters`, the key of this server is {key}
+
+Or try, in another terminal:
 
   # the base
   curl {url}/generate -H 'Content-Type: application/json' \\
@@ -33,6 +38,8 @@ Ready. Try, in another terminal:
   # what is there
   curl {url}/v1/models
   curl {url}/info
+  python -m server chat --server {url} --adapter pirate "What is coffee?"
+  MANYLORA_KEY={key} python -m server adapters list --server {url}
 
 Ctrl-C stops it.
 """
@@ -46,9 +53,10 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as Ctrl-C does
     try:
         ensure_model()
-        with ServerProcess(port=port) as server:
+        key = os.environ.get("MANYLORA_ADMIN_KEY") or secrets.token_urlsafe(18)
+        with ServerProcess(port=port, admin_key=key) as server:
             server.wait_healthy(lambda _: None)
-            print(CURL_LINES.format(url=server.url, adapters=", ".join(adapter_ids()), model_id=server.model_id), flush=True)
+            print(CURL_LINES.format(url=server.url, key=key, adapters=", ".join(adapter_ids()), model_id=server.model_id), flush=True)
             raise ServerFailed(f"the server ended by itself, with status {server.wait()}")
     except KeyboardInterrupt:
         return 0

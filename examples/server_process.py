@@ -4,6 +4,7 @@ Owns the process: its command line, its log, the wait until it is healthy, its e
 127.0.0.1 alone.
 """
 
+import os
 import signal
 import socket
 import subprocess
@@ -36,8 +37,8 @@ class ServerProcess:
     It gets its own session: Ctrl-C in the terminal reaches us alone, and we stop it in order.
     """
 
-    def __init__(self, *, port: int = 0, log_path: Path | None = None) -> None:
-        """Start it. Port 0 takes a free one. Without `log_path` it writes to this terminal."""
+    def __init__(self, *, port: int = 0, log_path: Path | None = None, admin_key: str | None = None) -> None:
+        """Start it. Port 0 takes a free one. Without `log_path` it writes to this terminal. `admin_key`: who shows it may give orders."""
         self.port = port or free_port()
         self.url = f"http://{HOST}:{self.port}"
         self.model_id = DEFAULT_DIR.name
@@ -51,12 +52,15 @@ class ServerProcess:
             "port": self.port,
         }
         command = [sys.executable, "-m", "server", *(str(part) for name, value in options.items() for part in (f"--{name}", value))]
+        environment = os.environ | ({"MANYLORA_ADMIN_KEY": admin_key} if admin_key is not None else {})  # flags are seen in ps
         if log_path is None:
-            self._process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+            self._process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
             return
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with log_path.open("w") as log:
-            self._process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            self._process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
 
     def __enter__(self) -> Self:
         return self

@@ -17,7 +17,7 @@ from constructs import Construct
 
 ROOT = Path(__file__).resolve().parent.parent
 _TREES, _FILES = ("server", "sizing", "ami"), ("constraints-gpu.txt", "LICENSE")
-_SUFFIXES = {".py", ".sh", ".txt", ".toml", ".json", ".yml", ".service", ".conf", ".jinja"}
+_SUFFIXES = {".py", ".sh", ".txt", ".toml", ".json", ".yml", ".service", ".conf", ".jinja", ".html", ".css", ".js", ".svg"}
 REQUIREMENTS = "requirements.txt"
 EXTRAS = ("server", "tracing")  # of pyproject.toml
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the zip format's first day: the same content makes the same bytes

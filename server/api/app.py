@@ -18,7 +18,6 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response
 
 from server import __version__
-from server.api import adapter_routes, health, intake, native, openai_chat, openai_completions, other_models, stats
 from server.api.adapter_status import AdapterStatus
 from server.api.adapters import AdapterResolver
 from server.api.admission import Admission
@@ -35,17 +34,7 @@ from server.api.published import NamedSources, PublishedWeights
 from server.api.publishing import Publisher
 from server.api.registry import Registry
 from server.api.residency import Residency
-from server.api.schemas_adapters import LoadLoraRequest, PublishRequest, UnloadLoraRequest
-from server.api.schemas_native import (
-    ClassifyBatchRequest,
-    ClassifyRequest,
-    EmbeddingsRequest,
-    EmbedRequest,
-    GenerateRequest,
-    StreamEvent,
-    TokenizeRequest,
-)
-from server.api.schemas_openai import ChatChunk, ChatRequest, CompletionChunk, CompletionRequest
+from server.api.routers import SCHEMAS, mount
 from server.api.source_settings import check_sources, source_options
 from server.api.state import Api
 from server.api.stream import Dialect, error_response, internal_error, native_error, openai_error
@@ -60,11 +49,6 @@ from server.sources import Sources, Store, canonical_name
 from server.types import EngineOptions
 
 log = logging.getLogger(__name__)
-
-_SCHEMAS = (  # named by the routes with body_docs and stream_docs
-    GenerateRequest, StreamEvent, TokenizeRequest, EmbedRequest, EmbeddingsRequest, ClassifyRequest, ClassifyBatchRequest,
-    CompletionRequest, CompletionChunk, ChatRequest, ChatChunk, PublishRequest, LoadLoraRequest, UnloadLoraRequest,
-)  # fmt: skip
 
 
 def make_api(
@@ -221,14 +205,13 @@ def make_app(api: Api) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.api = api
-    for part in (native, openai_completions, openai_chat, other_models, adapter_routes, intake, stats, health):
-        app.include_router(part.router)
+    mount(app, ui=api.settings.ui)
     app.add_exception_handler(ServerError, _on_server_error)
     app.add_exception_handler(ClientGone, _on_client_gone)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_bad_query)
     app.add_exception_handler(Exception, _on_bug)
-    app.openapi = lambda: describe(app, _SCHEMAS)  # type: ignore[method-assign]
+    app.openapi = lambda: describe(app, SCHEMAS)  # type: ignore[method-assign]
     app.add_api_route("/api-doc/openapi.json", lambda: app.openapi(), include_in_schema=False)  # LoRAX's path
     put_before(app, api.settings, api.tenancy)
     return app

@@ -157,6 +157,7 @@ class Settings(BaseModel):
     root_path: str = _set(
         "", "Server", "Prefix that a gateway leaves before our paths, as in /prod/generate; taken off if there.", pattern=r"^(/[\w.~-]+)*$"
     )
+    ui: bool = _set(True, "Server", "Serve the page at /ui (docs/ui.md); it needs no key, what it shows does.")
     cors_allow_origin: list[str] = _set(
         [], "Server", "Origins whose pages may call us from a browser, or * (LoRAX's default); none: no CORS.", lorax="CORS_ALLOW_ORIGIN"
     )
