@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks import gpu_quant_table
 from benchmarks.gpu.table import readme_table
-from docs import deploy_tables, edge_tables, flag_tables, measured, openai_tables, parity, server_settings, sizing_tables, tenant_tables
+from docs import cli_tables, deploy_tables, edge_tables, flag_tables, measured, openai_tables, parity, server_settings, sizing_tables, tenant_tables
 from server.adapters.config import FIELDS
 from server.settings.fields import Settings
 
@@ -84,6 +84,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu_benchmark": gpu_benchmark,
     "quantizations": gpu_quant_table.newest,
     "quantization_names": flag_tables.quantization_names,
+    **cli_tables.TABLES,
     **deploy_tables.TABLES,
     **edge_tables.TABLES,
     **sizing_tables.TABLES,

@@ -19,6 +19,7 @@ from server.settings.fields import Settings
 from server.settings.foreign import LORAX, LORAX_VARIABLES, VLLM, refusal
 
 PREFIX = "MANYLORA_"
+_OF_COMMANDS = {PREFIX + "SERVER", PREFIX + "KEY"}  # server.commands: a shell that talks to a server may start one too
 _FIELDS = Settings.model_fields
 
 
@@ -85,7 +86,7 @@ def _read_environment(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     """Setting -> its value and the variable that it came from; our names win over LoRAX's, of which empty ones count as not set."""
     ours = {PREFIX + name.upper(): name for name in _FIELDS}
     for variable in environ:
-        if variable.startswith(PREFIX) and variable not in ours and variable != PREFIX + "CONFIG":
+        if variable.startswith(PREFIX) and variable not in ours and variable not in {PREFIX + "CONFIG", *_OF_COMMANDS}:
             raise SettingsError(_unknown("environment variable", variable, [*ours, PREFIX + "CONFIG"]))
     for variable, name in LORAX_VARIABLES.items():
         if name.replace("-", "_") in _FIELDS or not environ.get(variable):
