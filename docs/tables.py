@@ -11,7 +11,18 @@ from pathlib import Path
 
 from benchmarks import gpu_quant_table
 from benchmarks.gpu.table import readme_table
-from docs import cli_tables, deploy_tables, edge_tables, flag_tables, measured, openai_tables, parity, server_settings, sizing_tables, tenant_tables
+from docs import (
+    cli_tables,
+    deploy_tables,
+    edge_tables,
+    flag_tables,
+    measured,
+    openai_tables,
+    parity,
+    server_settings,
+    sizing_tables,
+    tenant_tables,
+)
 from server.adapters.config import FIELDS
 from server.settings.fields import Settings
 
