@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import gpu_quant_table
-from benchmarks.gpu.table import readme_table
+from benchmarks.gpu.table import newest, readme_table
 from docs import (
     cli_tables,
     deploy_tables,
@@ -78,8 +78,7 @@ def cpu_benchmark() -> str:
 
 def gpu_benchmark() -> str:
     """The newest saved run of `python -m benchmarks.gpu` on an H100."""
-    newest = max((FOLDER.parent / "benchmarks" / "results").glob("*-h100-*.json"))
-    return readme_table(json.loads(newest.read_text()))
+    return readme_table(*newest())
 
 
 TABLES: dict[str, Callable[[], str]] = {

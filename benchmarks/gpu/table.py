@@ -4,6 +4,7 @@ Owns which rows may stand side by side (one machine since one boot, one code) an
 newest run's, their median. A figure whose rows are missing is missing, never guessed.
 """
 
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -175,23 +176,37 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def readme_table(result: dict[str, Any]) -> str:
-    """The goals with what was measured, in Markdown: README's table of a saved result."""
-    lines = ["| on one card, same run | to reach | measured |", "|---|---|---|"]
+def readme_table(*results: dict[str, Any]) -> str:
+    """The goals with what was measured, in Markdown: README's table of saved results, a column each: a card and boot."""
+    heads = ["measured"] if len(results) == 1 else [f"card {number}" for number in range(1, len(results) + 1)]
+    lines = [f"| on one card, same run | to reach | {' | '.join(heads)} |", "|---|---|" + "---|" * len(results)]
     for goal in GOALS:
-        value = result["figures"].get(goal.figure)
-        lines.append(f"| {goal.what} | {goal.aim('≤', '≥')} | {'not measured' if value is None else f'{value:g}'} |")
-    machine = result["machine"]
-    lines.append(f"\n{machine['day']}, commit {machine['commit']}, {machine['gpu']}, {machine['model']} in bfloat16; {_versions(result)}.")
+        values = [result["figures"].get(goal.figure) for result in results]
+        shown = ["not measured" if all(other is None for other in values) else "" if v is None else f"{v:g}" for v in values]
+        lines.append(f"| {goal.what} | {goal.aim('≤', '≥')} | {' | '.join(shown)} |")
+    machine = results[0]["machine"]
+    versions = max((_versions(result) for result in results), key=len)
+    lines.append(f"\n{machine['day']}, commit {machine['commit']}, {machine['gpu']}, {machine['model']} in bfloat16; {versions}.")
     return "\n".join(lines)
 
 
+def newest(folder: Path = RESULTS, card: str = "h100") -> list[dict[str, Any]]:
+    """The saved results of the newest day and commit: one, or one for each card and boot that its parts were measured on."""
+    paths = sorted(folder.glob(f"*-{card}-*.json"))
+    results = [json.loads(path.read_text()) for path in paths]
+    last = results[-1]["machine"]
+    return [each for each in results if all(each["machine"][name] == last[name] for name in ("day", "commit"))]
+
+
 def save(result: dict[str, Any]) -> Path:
-    """Write the result under the day, the card and the commit."""
+    """Write the result under the day, the card and the commit, beside another card's of the same."""
     machine = result["machine"]
     card = "h100" if "H100" in machine["gpu"] else machine["gpu"].lower().replace("nvidia", "").strip().replace(" ", "-")
-    path = RESULTS / f"{machine['day']}-{card}-{machine['commit']}.json"
     RESULTS.mkdir(exist_ok=True)
+    for number in itertools.count(1):
+        path = RESULTS / f"{machine['day']}-{card}-{machine['commit']}{'' if number == 1 else f'-{number}'}.json"
+        if not path.exists() or json.loads(path.read_text())["machine"]["boot_id"] == machine["boot_id"]:
+            break
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
 

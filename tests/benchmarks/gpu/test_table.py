@@ -77,6 +77,14 @@ def test_a_saved_result_is_named_by_day_card_and_commit(tmp_path, monkeypatch):
     path = table.save(make_result(ROWS))
     assert path.name == "2026-11-22-h100-abc1234.json"
     assert readme_table(json.loads(path.read_text())) == readme_table(make_result(ROWS))
+    assert table.save(make_result(ROWS)) == path
+    other = table.save(make_result([ROWS[0] | {"boot_id": "b2", "gpu_uuid": "GPU-2"}, ROWS[-1] | {"boot_id": "b2", "gpu_uuid": "GPU-2"}]))
+    assert other.name == "2026-11-22-h100-abc1234-2.json"
+    (tmp_path / "2026-11-21-h100-fffffff.json").write_text(path.read_text().replace("2026-11-22", "2026-11-21"))
+    both = table.newest(tmp_path)
+    assert sorted(each["machine"]["boot_id"] for each in both) == ["b1", "b2"]
+    markdown = readme_table(*sorted(both, key=lambda each: each["machine"]["boot_id"]))
+    assert "| card 1 | card 2 |" in markdown and "| ≤ 30 | 25 | 25 |" in markdown and "| ≤ 1.15 | 1.2 |  |" in markdown
 
 
 def test_a_line_that_was_cut_off_is_left_out_and_a_broken_one_is_named(tmp_path):
