@@ -1,7 +1,7 @@
 """The API's hold on the engine process: started, watched, started again; requests go in, outputs come out.
 
-Owns the subprocess and the map from request id to whoever waits for it: every submitted request ends in one terminal output or one
-ServerError, also when the engine dies. Knows no HTTP and nothing about tokens. api.generation submits; api.health asks how it is.
+Owns the subprocess: every submitted request ends in one terminal output or one ServerError, also when the engine dies. Knows no HTTP and
+nothing about tokens. api.generation submits; api.health asks how it is.
 """
 
 import asyncio
@@ -16,10 +16,13 @@ from pathlib import Path
 
 import msgspec
 
+from server.api.open_requests import NotTaken, OpenRequests
 from server.api.outcome import unless_failed
+from server.api.vitals import Vitals
 from server.errors import Overloaded, ServerError, Unavailable
 from server.ipc.messages import (
     Abort,
+    Accepted,
     AdapterEvent,
     Died,
     Forget,
@@ -45,6 +48,7 @@ _STATES = ("absent", "loading", "host", "device", "failed")
 _MAX_BACKOFF_S = 60.0
 _STOP_TIMEOUT_S = 10.0
 _WATCH_EVERY_S = 0.25
+_MAX_KILLED_STARTS = 3  # a signal is no fault of the configuration, unless it comes each time
 
 
 class EngineClient:
@@ -66,20 +70,19 @@ class EngineClient:
     ) -> None:
         self._options, self._metrics, self._command, self._on_fatal = options, metrics, tuple(command), on_fatal
         self._max_open, self._backoff_s = max_open, backoff_s
-        self._start_timeout_s, self._heartbeat_timeout_s, self._hang_timeout_s = start_timeout_s, heartbeat_timeout_s, hang_timeout_s
-        self._open: dict[str, asyncio.Queue[SequenceOutput | ServerError]] = {}
+        self._vitals = Vitals(start_timeout_s=start_timeout_s, heartbeat_timeout_s=heartbeat_timeout_s, hang_timeout_s=hang_timeout_s)
+        self._open = OpenRequests()
         self._socket: EngineSocket | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._became_ready = asyncio.Event()
         self._stopping = False
-        self._phase, self._started_at, self._heard_at = "not started", 0.0, 0.0
-        self._heartbeat: Heartbeat | None = None
-        self._death = ""
+        self._phase, self._death, self._num_killed_starts = "not started", "", 0
         self.ready: Ready | None = None
         self.last_ready: Ready | None = None  # of the engine before, while a new one starts
         self.on_ready: Callable[[], None] = lambda: None
         self.on_lost: Callable[[], None] = lambda: None  # it was started, and has ended
+        self.on_sick: Callable[[], None] = lambda: None  # it has just fallen silent, or is stuck
         self.on_adapter: Callable[[AdapterEvent], None] = lambda event: None
 
     # -- life ---------------------------------------------------------------------------------------------------------------------
@@ -96,22 +99,16 @@ class EngineClient:
 
     def unhealthy_reason(self) -> str | None:
         """None while the engine answers and its step loop moves on; else why not."""
-        now = time.monotonic()
         if self.ready is None:
             return f"the engine is not ready ({self._phase})"
         if self._process is not None and self._process.returncode is not None:
             return "the engine has ended"
-        if (silent_s := now - self._heard_at) > self._heartbeat_timeout_s:
-            return f"the engine has been silent for {silent_s:.0f} s"
-        beat = self._heartbeat
-        if beat is not None and beat.phase_deadline_at is not None and now > beat.phase_deadline_at:
-            return f"the engine is stuck in phase '{beat.phase}'"
-        return None
+        return self._vitals.unhealthy_reason()
 
     @property
     def stats(self) -> Heartbeat | None:
         """The last heartbeat."""
-        return self._heartbeat
+        return self._vitals.heartbeat
 
     @property
     def device(self) -> str:
@@ -149,8 +146,9 @@ class EngineClient:
             if self._stopping:
                 return
             log.error("engine on %s: %s; %d open requests failed", self.device, reason, len(self._open))
+            self._open.fail_not_taken(reason)
             self.fail_open(Unavailable(f"the engine stopped while this request was open ({reason}); try again", retry_after_s=backoff_s))
-            if self.last_ready is None:
+            if self.last_ready is None and not self._may_start_again():
                 self._phase = reason
                 if not self._on_fatal(reason):
                     return
@@ -158,11 +156,16 @@ class EngineClient:
             self._phase = f"{reason}; starting again in {backoff_s:.0f} s"
             await asyncio.sleep(backoff_s)
 
+    def _may_start_again(self) -> bool:
+        """Whether it was killed before it ever was ready, for example by the kernel when memory is short, and not each time."""
+        self._num_killed_starts += 1
+        return (self._process.returncode or 0) < 0 and self._num_killed_starts < _MAX_KILLED_STARTS if self._process else False
+
     async def _run_engine(self) -> str:
         """One life of the engine; returns why it ended."""
         folder = Path(tempfile.mkdtemp(prefix="manylora-"))
         self._death, self._phase = "", "starting"
-        self._started_at = time.monotonic()
+        self._vitals.begin()
         socket: EngineSocket | None = None
         tasks: list[asyncio.Task[str]] = []
         try:
@@ -184,7 +187,7 @@ class EngineClient:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             return next(iter(done)).result()
         finally:
-            self.ready = self._heartbeat = self._socket = None
+            self.ready = self._vitals.heartbeat = self._socket = None
             self._metrics.engine_up.set(0)
             self.on_lost()
             for task in tasks:
@@ -205,18 +208,17 @@ class EngineClient:
 
     async def _watch(self) -> str:
         """Ends when the engine has to be killed."""
-        sick_since: float | None = None
         while True:
             await asyncio.sleep(_WATCH_EVERY_S)
-            now = time.monotonic()
             if self.ready is None:
-                if now - self._started_at > self._start_timeout_s:
-                    return f"the engine was not ready after {self._start_timeout_s:.0f} s ({self._phase})"
+                if (reason := self._vitals.why_not_started()) is not None:
+                    return f"{reason} ({self._phase})"
                 continue
             reason = self.unhealthy_reason()
             self._metrics.engine_up.set(reason is None)
-            sick_since = None if reason is None else sick_since or now
-            if sick_since is not None and now - sick_since > self._hang_timeout_s:
+            if self._vitals.note(reason):
+                self.on_sick()
+            if self._vitals.is_lost:
                 return reason or ""
 
     # -- messages -----------------------------------------------------------------------------------------------------------------
@@ -227,17 +229,16 @@ class EngineClient:
                 message = await socket.receive()
             except msgspec.ValidationError as error:
                 return f"the engine speaks another version ({error})"
-            self._heard_at = time.monotonic()
+            self._vitals.hear(message)
             self._take(message)
 
     def _take(self, message: FromEngine) -> None:
         match message:
             case StepOutputs(outputs=outputs):
-                for output in outputs:
-                    if (waiting := self._open.get(output.request_id)) is not None:
-                        waiting.put_nowait(output)
+                self._open.put(outputs)
+            case Accepted(request_ids=request_ids):
+                self._open.take(request_ids)
             case Heartbeat(stats=stats):
-                self._heartbeat = message
                 self._metrics.observe_engine(msgspec.structs.asdict(stats))
             case Starting(phase=phase, elapsed_s=elapsed_s):
                 self._phase = phase
@@ -248,7 +249,7 @@ class EngineClient:
                 self._became_ready.set()
                 self._metrics.engine_up.set(1)
                 self.on_ready()
-                log.info("engine ready on %s after %.1f s", self.device, time.monotonic() - self._started_at)
+                log.info("engine ready on %s after %.1f s", self.device, self._vitals.age_s)
             case AdapterEvent(state=state, load_s=load_s):
                 self.on_adapter(message)
                 if state in ("host", "device") and load_s:
@@ -259,8 +260,11 @@ class EngineClient:
 
     def fail_open(self, error: ServerError) -> None:
         """End every open request with `error`."""
-        for waiting in self._open.values():
-            waiting.put_nowait(error)
+        self._open.fail(error)
+
+    def give_back(self, reason: str) -> None:
+        """End with NotTaken those requests that the engine has not confirmed; should it wake up, it is told to drop them."""
+        self._open.fail_not_taken(reason)
 
     def tell(self, message: Prefetch | Forget | Pin | Unpin) -> None:
         """Send what needs no answer. Without effect while there is no engine."""
@@ -271,25 +275,26 @@ class EngineClient:
     async def submit(self, request: EngineRequest) -> AsyncGenerator[SequenceOutput, None]:
         """The outputs of one sequence; the last one has a finish_reason "length" or "stop". Closing the generator aborts the sequence.
 
-        Unavailable without an engine or when it dies, Overloaded when too many are open, or what failed in the engine."""
-        if self.ready is None or self._socket is None:
+        Unavailable without an engine or when it dies (NotTaken if it never had the request), Overloaded when too many are open, or what
+        failed in the engine."""
+        socket = self._socket
+        if self.ready is None or socket is None:
             raise Unavailable(self.unhealthy_reason() or "no engine", retry_after_s=5.0)
         if len(self._open) >= self._max_open:
             raise Overloaded()
-        socket = self._socket
-        waiting = self._open[request.request_id] = asyncio.Queue()
+        waiting = self._open.open(request.request_id)
         ended = False
         try:
             socket.send(Submit(request))
             while not ended:
                 output = await waiting.get()
-                ended = isinstance(output, ServerError) or output.finish_reason is not None
+                ended = not isinstance(output, NotTaken) if isinstance(output, ServerError) else output.finish_reason is not None
                 yield unless_failed(output)
         except PeerLost:
             ended = True
-            raise Unavailable("the engine is gone; try again", retry_after_s=1.0) from None
+            raise NotTaken("the engine is gone; try again", retry_after_s=1.0) from None
         finally:
-            del self._open[request.request_id]
+            self._open.close(request.request_id)
             if not ended and socket is self._socket:
                 with suppress(PeerLost):
                     socket.send(Abort([request.request_id]))

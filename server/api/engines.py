@@ -2,7 +2,7 @@
 
 Owns what is known of each engine, and tells each what it must know. Knows no GPUs: an engine is what its EngineOptions say, and may one day
 own several (tensor parallelism). An engine that dies fails its own requests and is started again alone. They are not tried elsewhere: a
-request that kills its engine would then kill them all.
+request that kills its engine would then kill them all. Those that it never confirmed are, once: they were on their way to it when it died.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from server.api.engine import EngineClient
+from server.api.open_requests import NotTaken
 from server.api.placement import TIERS, Member, Place, choose
 from server.errors import Overloaded, ServerError, Unavailable
 from server.ipc.messages import AdapterEvent, EngineStats, Forget, Pin, Prefetch, Ready, Unpin
@@ -104,6 +105,7 @@ class Engines:
             client.on_ready = partial(self._take_ready, index)
             client.on_lost = partial(self._take_loss, index, share)
             client.on_adapter = partial(self._take_adapter, index)
+            client.on_sick = partial(self._move_waiting, index)
             self.members.append(Member(client))
 
     @property
@@ -177,6 +179,21 @@ class Engines:
         member = choose(self.members, adapter_hash)
         if member is None:
             raise Unavailable(self.unhealthy_reason() or "no engine", retry_after_s=5.0)
+        try:
+            async with aclosing(self._submit_to(member, request, adapter_hash)) as outputs:
+                async for output in outputs:
+                    yield output
+            return
+        except NotTaken as lost:
+            other = choose([one for one in self.members if one is not member], adapter_hash)
+            if other is None:
+                raise
+            log.info("request %s goes to another engine (%s)", request.request_id, lost.message)
+        async with aclosing(self._submit_to(other, request, adapter_hash)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def _submit_to(self, member: Member, request: EngineRequest, adapter_hash: str | None) -> AsyncGenerator[SequenceOutput, None]:
         place = Place(member, adapter_hash, len(request.token_ids))
         try:
             async with aclosing(member.client.submit(request)) as outputs:
@@ -219,6 +236,11 @@ class Engines:
         lost, self.members[index].tiers = self.members[index].tiers, {}
         for adapter_hash in lost:
             self.on_adapter(self._best(adapter_hash))
+
+    def _move_waiting(self, index: int) -> None:
+        """It has fallen silent: what it has not confirmed need not wait for its end, if another one serves."""
+        if any(other.is_serving for other in self.members if other is not self.members[index]):
+            self.clients[index].give_back(self.clients[index].unhealthy_reason() or "the engine is silent")
 
     def _take_adapter(self, index: int, event: AdapterEvent) -> None:
         tiers = self.members[index].tiers

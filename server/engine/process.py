@@ -20,6 +20,7 @@ from server.engine.build import build_engine
 from server.engine.core import EngineCore
 from server.ipc.messages import (
     Abort,
+    Accepted,
     AdapterEvent,
     Died,
     EngineStats,
@@ -93,8 +94,8 @@ class EngineLoop:
                 self.pulse.enter("idle", None, self.core.num_steps, self.core.stats())
             # While adapters are read nothing else wakes the loop, so it looks more often.
             wait_s = 0.0 if not idle else 0.002 if self.core.scheduler.num_waiting or len(self.core.grammars) else IDLE_WAIT_S
-            for message in self.socket.receive(wait_s):
-                self._handle(message)
+            if messages := self.socket.receive(wait_s):
+                self._take(messages)
             if self.core.has_work and not self.stopped:
                 now = time.monotonic()
                 stats = None
@@ -104,6 +105,14 @@ class EngineLoop:
                 outputs = self.core.step()
                 if outputs:
                     self.socket.send(StepOutputs(outputs))
+
+    def _take(self, messages: list[ToEngine]) -> None:
+        """Confirm what is submitted before anything is done about it, then do it; that must end in time as a step must."""
+        if request_ids := [message.request.request_id for message in messages if isinstance(message, Submit)]:
+            self.socket.send(Accepted(request_ids))
+        self.pulse.enter("messages", STEP_DEADLINE_S, self.core.num_steps)
+        for message in messages:
+            self._handle(message)
 
     def _handle(self, message: ToEngine) -> None:
         match message:

@@ -65,6 +65,12 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
     versions: dict[str, str]  # torch, transformers, attention backend
 
 
+class Accepted(msgspec.Struct, tag=True, frozen=True):
+    """The engine has read these Submits. Those that it never confirmed may be given to another engine when it dies."""
+
+    request_ids: list[str]
+
+
 class StepOutputs(msgspec.Struct, tag=True, frozen=True):
     """All that one step brought."""
 
@@ -120,7 +126,7 @@ class Died(msgspec.Struct, tag=True, frozen=True):
 
 
 ToEngine = Submit | Abort | Prefetch | Forget | Pin | Unpin | Shutdown
-FromEngine = Starting | Ready | StepOutputs | AdapterEvent | Heartbeat | Died
+FromEngine = Starting | Ready | Accepted | StepOutputs | AdapterEvent | Heartbeat | Died
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine = msgspec.msgpack.Decoder(ToEngine)

@@ -54,10 +54,7 @@ def test_both_answer_the_same_and_one_outlives_the_other(server):
         codes = [future.result().status_code for future in waiting]
         assert set(codes) <= {200, 503} and codes.count(200) >= 4  # the other engine's share
     assert server.client.get("/health").status_code == 200
-    for _ in range(20):  # a request may still be open on an engine that is just found dead: 503, "try again"
-        if (answer := server.generate("pirate")).status_code != 503:
-            break
-        time.sleep(0.5)
+    answer = server.generate("pirate")  # whatever is sent to the dead one is taken over by the other
     assert answer.status_code == 200, answer.text
     assert answer.json()["generated_text"] == alone["pirate"]
     wait_up(server, 2)

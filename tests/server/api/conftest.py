@@ -18,6 +18,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterato
 @pytest.fixture
 def live(shared: LiveServer) -> LiveServer:
     """The module's server, its engine well-behaved."""
-    if shared.api.engine._heartbeat is None or (shared.folder / "control.json").read_text() != "{}":
+    if shared.api.engine.stats is None or (shared.folder / "control.json").read_text() != "{}":
         shared.control()
     return shared

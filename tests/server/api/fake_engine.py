@@ -19,6 +19,7 @@ import msgspec
 from server.adapters.pack import read_header
 from server.ipc.messages import (
     Abort,
+    Accepted,
     AdapterEvent,
     Died,
     EngineStats,
@@ -99,6 +100,7 @@ class FakeEngine:
         seen: dict[str, Any] = {"kind": type(message).__name__, "device": self.device}
         if isinstance(message, Submit):
             request = message.request
+            self.socket.send(Accepted([request.request_id]))
             seen |= msgspec.to_builtins(request, str_keys=True)
             tokens = request.token_ids[::-1] if request.adapter is not None else request.token_ids
             answer = self.control.get("answer")

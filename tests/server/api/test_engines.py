@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from server.api.engines import Engines
+from server.api.open_requests import NotTaken
 from server.api.placement import SEQUENCE_TOKENS, SLACK_TOKENS
 from server.errors import Overloaded, Unavailable
 from server.ipc.messages import AdapterEvent, Forget, Pin, Prefetch, Unpin
@@ -146,6 +147,47 @@ async def test_an_engine_that_does_not_serve_is_passed_over():
         async for _ in made.submit(EngineRequest("x", [1], SamplingParams(max_new_tokens=1))):
             pass
     await finish(clients, tasks)
+
+
+async def test_what_a_lost_engine_never_had_goes_to_another_one_once():
+    made, clients = engines(3)
+    lose = {0, 2}
+
+    def losing(index):
+        async def submit(request):
+            clients[index].asked.append(request.request_id)
+            if index in lose:
+                raise NotTaken("the engine was killed by signal 9; try again")
+            yield SequenceOutput(request.request_id, [1], finish_reason="length")
+
+        return submit
+
+    for index, client in enumerate(clients):
+        client.submit = losing(index)
+    request = EngineRequest("a", [1], SamplingParams(max_new_tokens=1))
+    assert [output.finish_reason async for output in made.submit(request)] == ["length"]
+    assert [client.asked for client in clients] == [["a"], ["a"], []]
+    lose.add(1)
+    with pytest.raises(NotTaken):  # it may be the request's doing after all: not a third time
+        _ = [output async for output in made.submit(request)]
+    assert sum(len(client.asked) for client in clients) == 4
+    clients[1].reason = clients[2].reason = "gone"
+    with pytest.raises(NotTaken, match="signal 9"):
+        _ = [output async for output in made.submit(request)]
+    assert all((one.num_open, one.num_tokens) == (0, 0) for one in made.members)
+
+
+async def test_what_an_engine_had_is_not_tried_elsewhere():
+    made, clients = engines(2)
+
+    async def submit(request):
+        raise Unavailable("the engine stopped while this request was open")
+        yield
+
+    clients[0].submit = submit
+    with pytest.raises(Unavailable, match="while this request was open"):
+        _ = [output async for output in made.submit(EngineRequest("a", [1], SamplingParams(max_new_tokens=1)))]
+    assert not clients[1].asked
 
 
 async def test_the_bound_is_on_all_together():

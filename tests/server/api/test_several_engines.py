@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -150,6 +151,45 @@ def test_one_engine_dies_and_nobody_else_notices(two: LiveServer) -> None:
     assert devices(two, "Pin", hash=kept).count("cuda:1") == 1
     two.control(step_s=0.01)
     assert Opened(two, 6).codes() == dict.fromkeys(DEVICES, [200] * 3)
+
+
+def test_what_the_dead_engine_never_had_is_answered_by_the_other(two: LiveServer) -> None:
+    """Eight clients that ask without a pause, before, while and after one engine is killed: only what it had said that it has may fail."""
+    killed, num_after = threading.Event(), []
+
+    def ask_on() -> list[tuple[str, int]]:
+        seen = []
+        while len(num_after) < 200:
+            was_killed = killed.is_set()
+            answer = two.post("/generate", {"inputs": "one two three", "parameters": {"max_new_tokens": 4}})
+            seen.append((answer.headers.get("x-request-id", ""), answer.status_code))
+            if was_killed:
+                num_after.append(answer.status_code)
+        return seen
+
+    two.control(step_s=0.002)
+    with ThreadPoolExecutor(8) as pool:
+        asking = [pool.submit(ask_on) for _ in range(8)]
+        num_submitted = len(two.seen("Submit"))
+        wait_for(lambda: len(two.seen("Submit")) > num_submitted + 50)
+        os.kill(pid_on(two, "cuda:0"), signal.SIGKILL)
+        killed.set()
+        codes = [code for one in asking for _, code in one.result(60)]
+    assert set(num_after) == {200}
+    assert codes.count(503) <= 8 and set(codes) <= {200, 503}  # those that the dead one had at that moment
+    wait_for(lambda: metric(two, "manylora_engine_up") == 2)
+
+
+def test_what_a_stopped_engine_has_not_taken_goes_to_the_other(tmp_path: Path, model_dir: Path) -> None:
+    with live_server(tmp_path, model_dir, num_gpus=2, heartbeat_timeout_s=1, hang_timeout_s=300) as live:
+        os.kill(pid_on(live, "cuda:0"), signal.SIGSTOP)
+        with ThreadPoolExecutor(6) as pool:
+            asked = [pool.submit(live.post, "/generate", LONG) for _ in range(6)]  # three of them are sent to the one that sleeps
+            assert [one.result(20).status_code for one in asked] == [200] * 6
+        assert devices(live, "Submit").count("cuda:1") == 6
+        os.kill(pid_on(live, "cuda:0"), signal.SIGCONT)
+        wait_for(lambda: devices(live, "Abort").count("cuda:0") == 3)  # it wakes to requests that are answered, and drops them
+        wait_for(lambda: metric(live, "manylora_engine_up") == 2)
 
 
 def test_a_version_that_was_replaced_is_freed_though_another_engine_started_meanwhile(two: LiveServer) -> None:
