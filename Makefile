@@ -19,7 +19,7 @@ REHEARSAL := .venv-rehearse/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv model demo serve test lint format bench docs parity screenshots train-examples kit synth baselines rehearse rehearse-ready clean
+.PHONY: help venv model demo serve test lint format bench soak docs parity screenshots train-examples kit synth baselines rehearse rehearse-ready clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -68,6 +68,9 @@ format: $(READY) ## format and fix what can be fixed by itself
 
 bench: model ## CPU throughput against transformers + PEFT; the last line is JSON
 	.venv/bin/python -m benchmarks $(ARGS)
+
+soak: $(READY) ## 20,000 requests over 300 adapters that change at random; fails unless nothing is wrong, lost or leaked (ARGS="--requests 600")
+	.venv/bin/python -m benchmarks.soak $(ARGS)
 
 parity: model ## prove each row of docs/lorax.md, then write its table
 	.venv/bin/python -m docs.parity

@@ -76,6 +76,7 @@ MODELS["tiny"] = MODELS["mistral-7b"] | dict(
     vocab_size=512,
     max_position_embeddings=2048,
 )
+MODELS["marked"] = MODELS["tiny"] | dict(vocab_size=8192)  # of benchmarks.soak: room for a pair of tokens for each version of each adapter
 MODULES = {"all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "qv": ["q_proj", "v_proj"]}
 
 

@@ -67,13 +67,22 @@ class RandomServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        """Of the API's process."""
+        return self._process.pid
+
+    def stop(self) -> int:
+        """End it, by force if it takes too long; its exit status."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
             try:
                 self._process.wait(_STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 self._process.kill()
-                self._process.wait()
+        return self._process.wait()
 
     def wait_healthy(self, until: float) -> float:
         """Seconds from the process's start to health; `until` is in monotonic seconds. ServerFailed if it is not healthy by then."""
