@@ -18,12 +18,13 @@ from typing import Any, TypeVar
 
 from server.api.adapter_lists import AdapterLists
 from server.api.adapter_tokenizers import AdapterTokenizers
+from server.api.mending import PackMender
 from server.api.packing import AdapterPacker, Packed
 from server.api.residency import Residency
 from server.api.selection import AdapterSelection, Merge, ResolvedAdapter
 from server.api.source_threads import SourceThreads, Work
 from server.api.text.tokenizer import Tokenizer
-from server.errors import AdapterNotFound, AdapterRefused, ServerError, Unavailable
+from server.errors import AdapterNotFound, ServerError, Unavailable
 from server.metrics import Metrics
 from server.sources import Snapshot, Sources, Store, canonical_name
 from server.sources.space import mark_used
@@ -38,7 +39,6 @@ Key = tuple[object, ...]
 Stamps = Callable[[str, Sequence[str]], tuple[int, ...]]
 
 _REMEMBER_FAILURE_S = 1.0
-_DOUBT_AGAIN_S = 60.0
 _MAX_REMEMBERED = 20_000  # adapters; an entry is small
 
 
@@ -85,7 +85,7 @@ class AdapterResolver:
         self._flights: dict[Key, _Flight] = {}
         self._known: OrderedDict[Key, _Known] = OrderedDict()
         self._failures: OrderedDict[Key, tuple[float, ServerError]] = OrderedDict()  # oldest first
-        self._doubted_at: dict[str, float] = {}
+        self._mender = PackMender(store, self._threads)
 
     async def resolve(self, selection: AdapterSelection, layout: BaseLayout, *, anew: bool = False) -> ResolvedAdapter:
         """The adapter, fetched and packed if it is not yet; one flight however many ask. The errors of Source and of adapters.pack.
@@ -209,26 +209,20 @@ class AdapterResolver:
 
     @contextmanager
     def pinned(self, adapter: ResolvedAdapter | None) -> Iterator[None]:
-        """Keep the adapter's pack on disk while a request needs it. If the engine refuses the pack, it is made anew for the next one."""
+        """Keep the adapter's pack on disk while a request needs it."""
         if adapter is None:
             yield
             return
-        try:
-            with self._store.pinned(adapter.ref.hash), self.residency.running(adapter.ref.hash):
-                yield
-        except AdapterRefused:
-            self._doubt(adapter.ref.hash)  # after our own pin is gone
-            raise
+        with self._store.pinned(adapter.ref.hash), self.residency.running(adapter.ref.hash):
+            yield
 
-    def _doubt(self, hash: str) -> None:
-        """The pack may have been damaged on disk; but not more than once a minute, since the engine may also be right. One that another
-        request still needs stays: the last of them to be refused has it removed."""
-        now = time.monotonic()
-        self._doubted_at = {known: at for known, at in self._doubted_at.items() if now - at < _DOUBT_AGAIN_S}
-        if hash not in self._doubted_at and not self._store.is_pinned(hash):
-            self._doubted_at[hash] = now
-            log.warning("the engine refused the pack of %s; it is made anew", hash)
-            self._threads.submit("store", "known", lambda: self._store.discard_packs(hash))
+    async def mend(self, selection: AdapterSelection, adapter: ResolvedAdapter, layout: BaseLayout) -> bool:
+        """Whether the engine refused a pack that was damaged on disk, and that is whole again now. The errors of `resolve`."""
+
+        async def make() -> AdapterRef:
+            return (await self.resolve(selection, layout, anew=True)).ref
+
+        return await self._mender.mend(adapter.ref, make)
 
     def close(self) -> None:
         """Take no more work; running fetches are left to end with the process."""

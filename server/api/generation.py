@@ -6,7 +6,7 @@ shapes of answers. All generating routes use it.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 
@@ -18,8 +18,8 @@ from server.api.engines import Engines
 from server.api.sampling import Limits, too_long
 from server.api.sequence import TextSequence, Token, follow
 from server.api.text.tokenizer import Tokenizer
-from server.errors import ValidationFailed
-from server.types import EngineRequest, SamplingParams
+from server.errors import AdapterRefused, ValidationFailed
+from server.types import EngineRequest, SamplingParams, SequenceOutput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ class Plan:
     tenant: str = ""
     weight: float = 1.0
     cache_salt: str = ""
+    mend: Callable[[], Awaitable[bool]] | None = None  # makes the adapter's pack anew if it is damaged; whether it was
 
     @property
     def max_tokens(self) -> int:
@@ -131,8 +132,23 @@ class Generation:
             tenant=plan.tenant,
             weight=plan.weight,
         )
-        outputs = self.engine.submit(request)
-        return follow(sequence, outputs, plan.tokenizer, stops=plan.stops, keep_stop=plan.keep_stop, stop_ids=plan.stop_ids)
+        return follow(sequence, self._outputs(request), plan.tokenizer, stops=plan.stops, keep_stop=plan.keep_stop, stop_ids=plan.stop_ids)
+
+    async def _outputs(self, request: EngineRequest) -> AsyncGenerator[SequenceOutput, None]:
+        """What the engine says; once more from the start if it refused a pack that was damaged on disk, before any token."""
+        has_begun = False
+        try:
+            async with aclosing(self.engine.submit(request)) as outputs:
+                async for output in outputs:
+                    has_begun = True
+                    yield output
+            return
+        except AdapterRefused:
+            if has_begun or self.plan.mend is None or not await self.plan.mend():
+                raise
+        async with aclosing(self.engine.submit(request)) as outputs:
+            async for output in outputs:
+                yield output
 
     def best(self, num: int) -> list[TextSequence]:
         """For each prompt its `num` sequences with the highest mean log probability, best first; in order if all are kept."""

@@ -143,7 +143,8 @@ async def _prepared(request: Request, api: Api, body: GenerateRequest, record: R
             adapter = await api.resolve(selection)
             record.found(adapter)
             with api.adapters.pinned(adapter):
-                job = await _plan(api, body.inputs, parameters, wishes, adapter, record, lease, access.share(selection))
+                share = access.share(selection) | {"mend": api.mending(selection, adapter)}
+                job = await _plan(api, body.inputs, parameters, wishes, adapter, record, lease, share)
                 yield job
 
 

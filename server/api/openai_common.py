@@ -119,6 +119,7 @@ async def prepared(
                 request_id=record.id, prompts=prompts.ids, max_new_tokens=lease.bounded(list(prompts.max_new_tokens)), params=params,
                 tokenizer=tokenizer, samples=samples, adapter=adapter, stops=body.stop, keep_stop=False, stop_ids=stop_ids,
                 **access.share(selection),
+                mend=api.mending(selection, adapter),
             )  # fmt: skip
             generation = Generation(plan, api.engine)
             record.submitted(generation, sum(map(len, prompts.texts)))

@@ -4,6 +4,7 @@ Owns the way (fetch, pack, merge, tokenizer), and the second try when the store'
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from server.adapters.merge import merge_hash, merge_packs
-from server.adapters.pack import read_header, write_pack
+from server.adapters.pack import check_pack, read_header, write_pack
 from server.api.adapter_tokenizers import AdapterTokenizers
 from server.api.names import shown
 from server.api.selection import AdapterSelection, Merge
@@ -20,6 +21,8 @@ from server.errors import AdapterRefused, SourceUnavailable
 from server.sources import Snapshot, Source, SourceChanged, Store, StoredAdapter
 from server.sources.selection import CONFIG_NAME
 from server.types import AdapterRef, BaseLayout
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -59,7 +62,7 @@ class AdapterPacker:
             stored[index], ref = self._healed(source, stored[index], selection.api_token, pack)
             refs.append(ref)
         if selection.merge is not None:
-            merged = self._merge(selection.merge, refs, layout, written)
+            merged = self._merge_whole(selection.merge, stored, refs, layout, written)
             rank = read_header(Path(merged.path))[0].max_rank
             return Packed(merged, tuple(one.snapshot for one in stored), rank, is_new=bool(written))
         header = read_header(Path(refs[0].path))[0]
@@ -90,11 +93,39 @@ class AdapterPacker:
 
         def write(out: Path) -> None:
             written.append(stored.hash)
+            if stored.snapshot.folder is None and not stored.fresh and not self._store.verify(stored):
+                raise AdapterRefused("its files were damaged in the store")  # never a pack of other bytes than the hash's
             write_pack(stored.path, layout, stored.hash, out)
 
         with _naming(adapter_id):
             path = self._store.publish_pack(stored.hash, _pack_key(layout), write, stored)
+            try:
+                read_header(path)
+            except AdapterRefused as damage:  # cut off by a crash of the machine, or since: what it was made of is still there
+                log.error("the pack of adapter %s is damaged on disk (%s); it is made anew", stored.hash, damage.message)
+                self._store.discard_packs(stored.hash, damaged=True)
+                self._store.publish_pack(stored.hash, _pack_key(layout), write, stored)
         return AdapterRef(stored.hash, str(path), stored.hash[:12] if self._name_by_hash else adapter_id)
+
+    def _merge_whole(
+        self, merge: Merge, stored: list[StoredAdapter], refs: list[AdapterRef], layout: BaseLayout, written: list[str]
+    ) -> AdapterRef:
+        """As `_merge`; once more if that is refused and a pack of what is merged turns out to be damaged."""
+        try:
+            return self._merge(merge, refs, layout, written)
+        except AdapterRefused:
+            if not any([self._repack_damaged(one, ref, layout) for one, ref in zip(stored, refs, strict=True)]):
+                raise
+        return self._merge(merge, refs, layout, written)
+
+    def _repack_damaged(self, stored: StoredAdapter, ref: AdapterRef, layout: BaseLayout) -> bool:
+        try:
+            check_pack(Path(ref.path))
+        except AdapterRefused:
+            self._store.discard_packs(ref.hash, damaged=True)
+            self._pack(stored, ref.name, layout, [])
+            return True
+        return False
 
     def _merge(self, merge: Merge, refs: list[AdapterRef], layout: BaseLayout, written: list[str]) -> AdapterRef:
         """The merged pack, under the hash of all that goes into it. Its random masks come of that hash, so the seed is always 0."""

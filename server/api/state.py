@@ -7,9 +7,10 @@ import asyncio
 import json
 import logging
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -132,6 +133,13 @@ class Api:
                 if record is not None:
                     record.lease = lease
                 yield lease
+
+    def mending(self, selection: AdapterSelection | None, adapter: ResolvedAdapter | None) -> Callable[[], Awaitable[bool]] | None:
+        """What api.generation calls when the engine refuses the adapter's pack; see AdapterResolver.mend."""
+        ready = self.engine.last_ready
+        if selection is None or adapter is None or ready is None:
+            return None
+        return partial(self.adapters.mend, selection, adapter, ready.layout)
 
     async def source_ids(self) -> list[str]:
         """Ids that the default source holds; none, and a line in the log, while it cannot be listed."""

@@ -47,6 +47,7 @@ class StoredAdapter:
     path: Path
     bytes: int
     snapshot: Snapshot
+    fresh: bool = False  # hashed just now: it need not be hashed again before use
 
 
 class Store:
@@ -97,7 +98,7 @@ class Store:
             if stored.snapshot.folder is None:
                 logger.error("adapter store: %s is damaged and was removed", stored.hash)
                 self._staging.take_away(self._objects / stored.hash)
-                self.discard_packs(stored.hash)
+                self.discard_packs(stored.hash)  # what is in use was made of it when it was whole
         return False
 
     def check_unchanged(self, stored: StoredAdapter) -> None:
@@ -124,9 +125,9 @@ class Store:
             self._once(path.name, partial(self._write_pack, path, writer, of), reader)
         return path
 
-    def discard_packs(self, adapter_hash: str) -> None:
-        """Remove an adapter's packs (one was found damaged, or the engine refused it), unless they are pinned."""
-        if self.is_pinned(adapter_hash):
+    def discard_packs(self, adapter_hash: str, *, damaged: bool = False) -> None:
+        """Remove an adapter's packs, unless they are pinned. `damaged`: also then, nobody can use them."""
+        if self.is_pinned(adapter_hash) and not damaged:
             return
         with explain_disk_errors():
             for path in self._packs.glob(f"{adapter_hash}-*.pack"):
@@ -185,7 +186,7 @@ class Store:
                 self._space.add(snapshot.size_bytes)
             mark_used(path)
         logger.info("fetched adapter %r: %d bytes in %.2f s", snapshot.adapter_id, snapshot.size_bytes, time.monotonic() - started_at)
-        return StoredAdapter(adapter_hash, path, snapshot.size_bytes, snapshot)
+        return StoredAdapter(adapter_hash, path, snapshot.size_bytes, snapshot, fresh=True)
 
     def _write_pack(self, path: Path, writer: Callable[[Path], object], of: StoredAdapter | None) -> None:
         if mark_used(path):

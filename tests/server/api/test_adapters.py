@@ -167,19 +167,53 @@ async def test_an_adapter_may_bring_its_chat_template(tmp_path: Path, resolver: 
     assert own.tokenizer.chat_template == "{{ messages[0].content }}!" and own.own_template is True
 
 
-async def test_a_pack_that_the_engine_refuses_is_made_anew_once(tmp_path: Path, resolver: AdapterResolver) -> None:
+async def test_a_damaged_pack_is_made_anew_once_however_many_met_it(tmp_path: Path, resolver: AdapterResolver) -> None:
     write_adapter(tmp_path / "adapters/one")
     found = await resolver.resolve(pick("one"), layout(100))
     pack = Path(found.ref.path)
     whole = pack.read_bytes()
-    pack.write_bytes(b"damaged")
-    for _ in range(2):
-        with pytest.raises(AdapterRefused), resolver.pinned(found):
-            raise AdapterRefused("the pack is cut off")
-    while pack.exists():
-        await asyncio.sleep(0.01)
-    assert (await resolver.resolve(pick("one"), layout(100))).ref == found.ref
+    assert await resolver.mend(pick("one"), found, layout(100)) is False  # the engine had another reason
     assert pack.read_bytes() == whole
+    pack.write_bytes(whole[:-40] + bytes(40))
+    with resolver.pinned(found):
+        assert await asyncio.gather(*(resolver.mend(pick("one"), found, layout(100)) for _ in range(5))) == [True] * 5
+    assert pack.read_bytes() == whole
+    assert await resolver.mend(pick("one"), found, layout(100)) is True  # refused before it was mended
+
+
+async def test_a_damaged_pack_of_a_name_with_new_content_is_not_made_anew(tmp_path: Path, resolver: AdapterResolver) -> None:
+    write_adapter(tmp_path / "adapters/one")
+    found = await resolver.resolve(pick("one"), layout(100))
+    Path(found.ref.path).write_bytes(b"damaged")
+    write_adapter(tmp_path / "adapters/one", seed=9)
+    assert await resolver.mend(pick("one"), found, layout(100)) is False
+
+
+@pytest.mark.parametrize("damage", ["cut off", "header", "emptied"])
+async def test_a_pack_that_a_crash_left_damaged_is_made_anew_at_the_first_request(tmp_path: Path, base: Tokenizer, damage: str) -> None:
+    """Another server, or this one after a start: nothing is remembered of the pack but that it is there."""
+    write_adapter(tmp_path / "adapters/one")
+    sources = Sources(SourceOptions(adapters_dir=tmp_path / "adapters"))
+    first = AdapterResolver(sources, Store(tmp_path / "store"), base, Metrics())
+    found = await first.resolve(pick("one"), layout(100))
+    pack = Path(found.ref.path)
+    whole = pack.read_bytes()
+    pack.write_bytes({"cut off": whole[:-100], "header": whole[:60] + b"\xff" + whole[61:], "emptied": b""}[damage])
+    second = AdapterResolver(sources, Store(tmp_path / "store"), base, Metrics())
+    assert (await second.resolve(pick("one"), layout(100))).ref == found.ref
+    assert pack.read_bytes() == whole
+    for one in (first, second):
+        one.close()
+
+
+async def test_a_merge_of_a_damaged_pack_is_made_of_a_new_one(tmp_path: Path, resolver: AdapterResolver) -> None:
+    for seed, name in enumerate(("one", "two")):
+        write_adapter(tmp_path / "adapters" / name, seed=seed)
+    found = await resolver.resolve(pick("one"), layout(100))
+    whole = Path(found.ref.path).read_bytes()
+    Path(found.ref.path).write_bytes(whole[:-40] + bytes(40))
+    merged = await resolver.resolve(AdapterSelection("local", merge=Merge(("one", "two"), (1.0, 1.0))), layout(100))
+    assert read_header(Path(merged.ref.path))[0].max_rank == 4 and Path(found.ref.path).read_bytes() == whole
 
 
 async def test_unreachable_sources_say_so(resolver: AdapterResolver, sources: CountingSources) -> None:
