@@ -135,6 +135,8 @@ class Clock:
 class ModelledReaders:
     """server.memory.readers by the modelled clock."""
 
+    is_late = False
+
     def __init__(self, read_one: Callable[[AdapterRef], Any], num_readers: int, clock: Clock, read_s: float) -> None:
         self._read_one, self._num_readers, self._clock, self._read_s = read_one, num_readers, clock, read_s
         self._reading: list[tuple[float, str, AdapterRef]] = []

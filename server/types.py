@@ -210,6 +210,7 @@ class EngineOptions(msgspec.Struct, frozen=True):
     prefix_caching: bool = True
     adapter_device_bytes: int | None = None
     adapter_host_bytes: int | None = None
+    adapter_read_timeout_s: float = 300.0  # reading one from disk is given up then
     num_threads: int | None = None
     allow_unverified_architecture: bool = False
     quantize: str | None = None  # a scheme of model.quantization; None: as the checkpoint is

@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from server.engine.graphs import StepGraphs
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.memory.blocks import BlockPool
+from server.memory.readers import Readers
 from server.memory.slabs import HostSlabs
 from server.memory.tier import Carrier
 from server.memory.tiers import AdapterTiers
@@ -101,7 +103,8 @@ def assemble(
     else:
         base.attach_cache(memory.num_blocks, options.block_size)
         carrier = Carrier(lambda ref: read_adapter(ref, base.layout.fingerprint, base.layout.dtype), base.place)
-    tiers = AdapterTiers(carrier, memory.adapter_host_bytes, memory.adapter_device_bytes, on_adapter)
+    readers = partial(Readers, drop=carrier.leave_host, timeout_s=options.adapter_read_timeout_s)
+    tiers = AdapterTiers(carrier, memory.adapter_host_bytes, memory.adapter_device_bytes, on_adapter, readers=readers)
     scheduler = Scheduler(
         pool,
         tiers,

@@ -9,7 +9,7 @@ import logging
 import time
 
 from server.engine.chunk import Chunk
-from server.engine.failures import failure, is_fatal
+from server.engine.failures import failure, is_fatal, is_out_of_memory, let_go
 from server.engine.grammar import Matcher
 from server.engine.grammar_queue import GrammarQueue
 from server.engine.runner import Launch, Runner
@@ -137,18 +137,27 @@ class EngineCore:
         try:
             launched = self.runner.launch(chunks, self._launched)
         except Exception as error:
-            if is_fatal(error):
-                raise
-            self._collect()
-            self._run_halves(chunks, error)
-            return None
-        for chunk in chunks:
-            self.scheduler.advance(chunk)
-        return launched
+            failed = self._spare(error)
+        else:
+            for chunk in chunks:
+                self.scheduler.advance(chunk)
+            return launched
+        self._collect()
+        self._run_halves(chunks, failed)
+        return None
+
+    def _spare(self, error: Exception) -> Exception:
+        """A failure that the engine survives, without what it holds; raised if it cannot."""
+        if is_fatal(error):
+            raise error
+        let_go(error)
+        return error
 
     def _run_halves(self, chunks: list[Chunk], error: Exception) -> None:
         """Run chunks whose step failed with `error`, none of them advanced, by halves. Running a chunk again is harmless."""
         chunks = [chunk for chunk in chunks if self.scheduler.holds(chunk.sequence)]
+        if is_out_of_memory(error) and self._shrink(sum(chunk.num_tokens for chunk in chunks)) and len(chunks) == 1:
+            return  # its next chunk will be a smaller one
         if len(chunks) == 1:
             log.error("request %s failed in a step", chunks[0].sequence.request.request_id, exc_info=error)
             self._fail(chunks[0].sequence, GenerationFailed(f"the engine failed on this request ({type(error).__name__})"))
@@ -158,13 +167,24 @@ class EngineCore:
             try:
                 sampled = self.runner.execute(half) if half else {}
             except Exception as again:
-                if is_fatal(again):
-                    raise
-                self._run_halves(half, again)
+                failed = self._spare(again)
+            else:
+                for chunk in half:
+                    self.scheduler.advance(chunk)
+                    self._advance(chunk, sampled.get(chunk.sequence.request.request_id))
                 continue
-            for chunk in half:
-                self.scheduler.advance(chunk)
-                self._advance(chunk, sampled.get(chunk.sequence.request.request_id))
+            self._run_halves(half, failed)
+
+    def _shrink(self, num_tokens: int) -> bool:
+        """The device had no room for a step of so many tokens: let no later step have as many. False if it could not be any smaller."""
+        scheduler = self.scheduler
+        smaller = max(min(num_tokens, scheduler.max_batch_tokens) // 2, scheduler.max_batch_size)
+        if num_tokens <= scheduler.max_batch_size:
+            return False
+        if smaller < scheduler.max_batch_tokens:
+            log.error("out of memory in a step of %d tokens: steps have at most %d from now on", num_tokens, smaller)
+            scheduler.max_batch_tokens = smaller
+        return True
 
     def _collect(self) -> None:
         """What the last step that was launched brought, once it is there."""

@@ -1,5 +1,7 @@
 """What a failure means: for the device, for the request that it ends, for its caller."""
 
+import traceback
+
 from server.errors import GenerationFailed, ServerError
 from server.types import SequenceOutput
 
@@ -9,6 +11,21 @@ def is_fatal(error: Exception) -> bool:
     import torch  # here, since the scheduler needs none of it
 
     return isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether less work at a time might have found room."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def let_go(error: Exception) -> None:
+    """Free what the frames that failed still hold: a step's tensors would be in the way of the steps that are tried instead."""
+    seen: BaseException | None = error
+    while seen is not None:
+        traceback.clear_frames(seen.__traceback__)
+        seen = seen.__cause__ or seen.__context__
 
 
 def failure(request_id: str, error: Exception) -> SequenceOutput:

@@ -68,6 +68,10 @@ class Carrier:
         self.read = read
         self.place = place  # None: there is no room for it, whatever the budget says
 
+    def is_full(self, error: Exception) -> bool:
+        """Whether `place` failed for want of memory, so that it may work once something else has left."""
+        return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's, which is not loaded here
+
     def is_whole(self, device: Any) -> bool:
         """Whether the copy to the device is done."""
         return True

@@ -31,7 +31,7 @@ class AdapterTiers:
         device_bytes: int,
         on_event: Callable[[str, str, int, float, str | None], None] = lambda *_: None,
         num_readers: int = 2,
-        readers: type[Readers] = Readers,
+        readers: Callable[..., Readers] = Readers,
     ) -> None:
         self._carrier, self._on_event = carrier, on_event
         self.host, self.device = Tier(host_bytes), Tier(device_bytes)
@@ -110,7 +110,7 @@ class AdapterTiers:
     @property
     def has_news(self) -> bool:
         """Whether `poll` has something to collect."""
-        return self.arrived.is_set() or any(self._carrier.is_whole(entry.device) for entry in self._copying)
+        return self.arrived.is_set() or self._readers.is_late or any(self._carrier.is_whole(entry.device) for entry in self._copying)
 
     def yield_room(self, keep: str = "") -> bool:
         """Let one adapter leave the device that no sequence runs with, for the sake of something else; False if there is none but
@@ -205,11 +205,18 @@ class AdapterTiers:
         while self.device.used_bytes + entry.host.bytes > self.device.max_bytes:
             if not self.yield_room():
                 return False
-        while (device := self._carrier.place(entry.host)) is None:
+        while True:
+            try:
+                device = self._carrier.place(entry.host)
+            except Exception as error:  # the device may be fuller than the budget knows
+                if not (self._carrier.is_full(error) and self.yield_room()):
+                    raise
+                continue
+            if device is not None:
+                self._keep_on_device(entry, device)
+                return True
             if not self.yield_room():
                 return False
-        self._keep_on_device(entry, device)
-        return True
 
     def _place_early(self, entry: Entry) -> None:
         """Start the copy of an adapter that is wanted, if there is room that nobody else needs."""

@@ -134,6 +134,10 @@ def test_abort_frees_everything_within_a_step(folders, tmp_path):
     assert sorted((o.request_id, o.finish_reason) for o in ended) == [(str(i), "aborted") for i in range(4)]
 
 
+@pytest.mark.fault(
+    "Engine", "a step that fails for one of its requests (an exception in the arithmetic)", "424 in that request alone",
+    "the step is run by halves: the others say the same as without it",
+)  # fmt: skip
 def test_what_fails_in_a_step_fails_alone(folders, tmp_path):
     core, base = engine()
     wanted = requests([None, pack(folders / "one", base.layout, tmp_path / "1")], num=6)

@@ -23,7 +23,7 @@ class Clock:
 class InstantReaders:
     """Reads at once, in the caller's thread."""
 
-    has_idle = True
+    has_idle, is_late = True, False
 
     def __init__(self, read_one, num_threads):
         self._read_one, self._done = read_one, []
