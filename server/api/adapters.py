@@ -12,19 +12,20 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from server.api.adapter_lists import AdapterLists
 from server.api.adapter_tokenizers import AdapterTokenizers
+from server.api.known import Key, Known, KnownAdapters, version_of
 from server.api.mending import PackMender
-from server.api.packing import AdapterPacker, Packed
+from server.api.packing import AdapterPacker
 from server.api.residency import Residency
 from server.api.selection import AdapterSelection, Merge, ResolvedAdapter
 from server.api.source_threads import SourceThreads, Work
 from server.api.text.tokenizer import Tokenizer
-from server.errors import AdapterNotFound, ServerError, Unavailable
+from server.errors import AdapterNotFound, ServerError, SourceUnavailable, Unavailable
 from server.metrics import Metrics
 from server.sources import Snapshot, Sources, Store, canonical_name
 from server.sources.space import mark_used
@@ -35,24 +36,12 @@ __all__ = ["AdapterResolver", "AdapterSelection", "Merge", "ResolvedAdapter"]
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-Key = tuple[object, ...]
 Stamps = Callable[[str, Sequence[str]], tuple[int, ...]]
 
 _REMEMBER_FAILURE_S = 1.0
-_MAX_REMEMBERED = 20_000  # adapters; an entry is small
-
-
-@dataclass(frozen=True)
-class _Known:
-    """An adapter that was resolved once. Its tokenizer is named, not held: the cache of tokenizers decides what stays in memory."""
-
-    version: tuple[str, ...]
-    ref: AdapterRef
-    rank: int
-    base_name: str | None
-    tokenizer_digest: str | None  # None: the base's
-    checked_at: float
-    cheap: bool  # asking the source again costs next to nothing
+_PATIENCE_S = 2.0  # with a source that is asked whether what is known still holds
+_MAX_STALE_S = 3600.0  # what a source that is away said last is believed for so long
+_SAY_STALE_S = 60.0
 
 
 class _Flight:
@@ -72,19 +61,20 @@ class AdapterResolver:
 
     def __init__(
         self, sources: Sources, store: Store, base: Tokenizer, metrics: Metrics, *,
-        recheck_s: float = 2.0, max_merged_rank: int = 256, residency: Residency | None = None, stamps: Stamps = lambda source, ids: (),
-        name_by_hash: bool = False,
+        recheck_s: float = 2.0, timeout_s: float = 300.0, max_merged_rank: int = 256, residency: Residency | None = None,
+        stamps: Stamps = lambda source, ids: (), name_by_hash: bool = False,
     ) -> None:  # fmt: skip
         self._sources, self._store, self._base, self._metrics = sources, store, base, metrics
-        self._recheck_s, self._stamps = recheck_s, stamps
+        self._recheck_s, self._timeout_s, self._stamps = recheck_s, timeout_s, stamps
         self.residency = residency or Residency(lambda message: None)
         self._threads = SourceThreads()
         self._lists = AdapterLists(sources, self._threads)
         self._tokenizers = AdapterTokenizers(base, store)
         self._packer = AdapterPacker(store, self._tokenizers, max_merged_rank=max_merged_rank, name_by_hash=name_by_hash)
         self._flights: dict[Key, _Flight] = {}
-        self._known: OrderedDict[Key, _Known] = OrderedDict()
+        self._known = KnownAdapters()
         self._failures: OrderedDict[Key, tuple[float, ServerError]] = OrderedDict()  # oldest first
+        self._stale_said_at: dict[str, float] = {}
         self._mender = PackMender(store, self._threads)
 
     async def resolve(self, selection: AdapterSelection, layout: BaseLayout, *, anew: bool = False) -> ResolvedAdapter:
@@ -104,10 +94,14 @@ class AdapterResolver:
             flight.task.add_done_callback(lambda task: self._land(key, flight))
         flight.num_waiting += 1
         try:
-            found = await asyncio.shield(flight.task)
+            async with asyncio.timeout(self._timeout_s):
+                found = await asyncio.shield(flight.task)
             tier = self.residency.tier(found.ref.hash)  # before this request moves it
             self.residency.resolved(selection.name_key, found.ref, stamps, found.rank, found.base_name)
             return replace(found, tier=tier.state) if tier is not None and tier.state in ("host", "device") else found
+        except TimeoutError:
+            named = "', '".join(selection.ids)
+            raise SourceUnavailable(f"Adapter '{named}' was not ready within {self._timeout_s:g} s; try again") from None
         except AdapterNotFound:
             self.residency.unload(selection.name_key)
             raise
@@ -147,24 +141,22 @@ class AdapterResolver:
         with self._metrics.adapter_resolve.time():
             known = self._known.get(key)
             tokenizer = self._tokenizer(known)
-            if known is not None:
-                on_disk = await self._in_thread(flight, source, "known", lambda path=known.ref.path: mark_used(Path(path)))
-                if not on_disk or tokenizer is None:
-                    known = None  # the store let its pack go, or the cache its tokenizer
-            if known is not None and tokenizer is not None and not known.cheap and time.monotonic() - known.checked_at < self._recheck_s:
-                return self._resolved(known, tokenizer)
-            work: Work = "fetch" if known is None else "known" if known.cheap else "ask"
-            snapshots = await self._in_thread(flight, source, work, lambda: self._ask(source, selection))
-            if known is not None and tokenizer is not None and known.version == _version(snapshots):
-                self._remember(key, replace(known, checked_at=time.monotonic()))
-                return self._resolved(known, tokenizer)
+            snapshots: list[Snapshot] | None = None
+            if known is not None and tokenizer is not None:
+                on_disk = await self._in_time(flight, source, "known", lambda path=known.ref.path: mark_used(Path(path)))
+                if on_disk is not False:
+                    snapshots = await self._asked_again(flight, source, key, known, selection)
+                    if snapshots is None:
+                        return self._resolved(known, tokenizer)
+            if snapshots is None:  # unknown, or the store let its pack go, or the cache its tokenizer
+                snapshots = await self._in_thread(flight, source, "fetch", lambda: self._ask(source, selection))
             packed = await self._in_thread(
                 flight, source, "fetch", lambda: self._packer.make(self._sources.get(source), selection, snapshots, layout)
             )
-        self._known.pop(key, None)
+        self._known.forget(key)
         if all(one.settled for one in packed.snapshots):
-            self._remember(key, _known(packed))
-        found = self._resolved(_known(packed), packed.own[1] if packed.own is not None else self._base)
+            self._known.remember(key, Known.of(packed))
+        found = self._resolved(Known.of(packed), packed.own[1] if packed.own is not None else self._base)
         return replace(found, tier="source") if packed.is_new else found
 
     async def _in_thread(self, flight: _Flight, source: str, work: Work, run: Callable[[], Result]) -> Result:
@@ -177,24 +169,83 @@ class AdapterResolver:
         finally:
             flight.job = None
 
+    async def _asked_again(
+        self, flight: _Flight, source: str, key: Key, known: Known, selection: AdapterSelection
+    ) -> list[Snapshot] | None:
+        """The source's snapshots if they are of other versions than what is known; None if that may be used. While the source is away it
+        may, for an hour: what is in memory and on disk here needs no source. A source that says no is believed."""
+        age_s = time.monotonic() - known.checked_at
+        if not known.cheap and age_s < self._recheck_s:
+            return None
+
+        def take(snapshots: list[Snapshot]) -> list[Snapshot] | None:
+            if known.version != version_of(snapshots):
+                return snapshots
+            self._known.remember(key, replace(known, checked_at=time.monotonic()))
+            return None
+
+        def take_late(asked: asyncio.Future[list[Snapshot]]) -> None:
+            if asked.cancelled() or isinstance(asked.exception(), SourceUnavailable) or self._known.get(key) is not known:
+                return
+            if asked.exception() is not None or take(asked.result()) is not None:
+                self._known.forget(key)  # the next request asks, and waits
+
+        try:
+            snapshots = await self._in_time(
+                flight, source, "known" if known.cheap else "ask", lambda: self._ask(source, selection), take_late
+            )
+        except SourceUnavailable as error:
+            if age_s > _MAX_STALE_S:
+                raise
+            self._note_stale(source, error.message)
+            return None
+        if snapshots is not None:
+            return take(snapshots)
+        if age_s > _MAX_STALE_S:
+            raise SourceUnavailable(f"Source '{source}' has not answered for an hour; try again")
+        self._note_stale(source, f"no answer within {_PATIENCE_S:g} s")
+        return None
+
+    async def _in_time(
+        self, flight: _Flight, source: str, work: Work, run: Callable[[], Result],
+        take_late: Callable[[asyncio.Future[Result]], None] = lambda asked: None,
+    ) -> Result | None:  # fmt: skip
+        """As `_in_thread`, for short work on what is known: None if it takes long, or other such work does already."""
+        if self._threads.is_late(source, work):
+            return None
+        if flight.num_waiting == 0:
+            raise asyncio.CancelledError
+        flight.job = job = self._threads.submit(source, work, run)
+        try:
+            asked = asyncio.wrap_future(job)
+            await asyncio.wait({asked}, timeout=_PATIENCE_S)
+            if asked.done():
+                return asked.result()
+            if not job.cancel():
+                self._threads.note_late(source, work, job)
+                asked.add_done_callback(take_late)
+            return None
+        finally:
+            flight.job = None
+
+    def _note_stale(self, source: str, why: str) -> None:
+        now = time.monotonic()
+        if now - self._stale_said_at.get(source, float("-inf")) > _SAY_STALE_S:
+            self._stale_said_at[source] = now
+            log.warning("source %r is away (%s): adapters that are here are used as they were", source, why)
+
     def _ask(self, name: str, selection: AdapterSelection) -> list[Snapshot]:
         source = self._sources.get(name)
         return [source.snapshot(adapter_id, api_token=selection.api_token) for adapter_id in selection.ids]
 
-    def _tokenizer(self, known: _Known | None) -> Tokenizer | None:
+    def _tokenizer(self, known: Known | None) -> Tokenizer | None:
         if known is None or known.tokenizer_digest is None:
             return self._base
         return self._tokenizers.get(known.tokenizer_digest)
 
-    def _resolved(self, known: _Known, tokenizer: Tokenizer) -> ResolvedAdapter:
+    def _resolved(self, known: Known, tokenizer: Tokenizer) -> ResolvedAdapter:
         own_template = tokenizer.chat_template != self._base.chat_template
         return ResolvedAdapter(known.ref, tokenizer, own_template, known.rank, known.base_name)
-
-    def _remember(self, key: Key, known: _Known) -> None:
-        self._known[key] = known
-        self._known.move_to_end(key)
-        while len(self._known) > _MAX_REMEMBERED:
-            self._known.popitem(last=False)
 
     def is_resolving(self, selection: AdapterSelection) -> bool:
         """Whether it is being found, fetched or packed now, for any caller."""
@@ -227,16 +278,6 @@ class AdapterResolver:
     def close(self) -> None:
         """Take no more work; running fetches are left to end with the process."""
         self._threads.close()
-
-
-def _known(packed: Packed) -> _Known:
-    cheap = all(one.folder is not None for one in packed.snapshots)
-    digest = packed.own[0] if packed.own is not None else None
-    return _Known(_version(packed.snapshots), packed.ref, packed.rank, packed.base_name, digest, time.monotonic(), cheap)
-
-
-def _version(snapshots: Sequence[Snapshot]) -> tuple[str, ...]:
-    return tuple(snapshot.version for snapshot in snapshots)
 
 
 def _is_cancelled() -> bool:

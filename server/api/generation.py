@@ -21,6 +21,8 @@ from server.api.text.tokenizer import Tokenizer
 from server.errors import AdapterRefused, ValidationFailed
 from server.types import EngineRequest, SamplingParams, SequenceOutput
 
+_MAX_MENDED = 3
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -135,20 +137,19 @@ class Generation:
         return follow(sequence, self._outputs(request), plan.tokenizer, stops=plan.stops, keep_stop=plan.keep_stop, stop_ids=plan.stop_ids)
 
     async def _outputs(self, request: EngineRequest) -> AsyncGenerator[SequenceOutput, None]:
-        """What the engine says; once more from the start if it refused a pack that was damaged on disk, before any token."""
-        has_begun = False
-        try:
-            async with aclosing(self.engine.submit(request)) as outputs:
-                async for output in outputs:
-                    has_begun = True
-                    yield output
-            return
-        except AdapterRefused:
-            if has_begun or self.plan.mend is None or not await self.plan.mend():
-                raise
-        async with aclosing(self.engine.submit(request)) as outputs:
-            async for output in outputs:
-                yield output
+        """What the engine says; again from the start if it refused, before any token, a pack that was damaged on disk. It may refuse once
+        more what it had begun to read before the pack was made anew."""
+        for num_left in reversed(range(_MAX_MENDED + 1)):
+            has_begun = False
+            try:
+                async with aclosing(self.engine.submit(request)) as outputs:
+                    async for output in outputs:
+                        has_begun = True
+                        yield output
+                return
+            except AdapterRefused:
+                if has_begun or not num_left or self.plan.mend is None or not await self.plan.mend():
+                    raise
 
     def best(self, num: int) -> list[TextSequence]:
         """For each prompt its `num` sequences with the highest mean log probability, best first; in order if all are kept."""

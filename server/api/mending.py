@@ -18,7 +18,7 @@ from server.types import AdapterRef
 
 log = logging.getLogger(__name__)
 
-_MEND_AGAIN_S = 60.0  # a disk that damages all that is written is not written to for every request
+_WINDOW_S, _MAX_MENDED = 60.0, 3  # a disk that damages all that is written is not written to for every request
 
 
 class PackMender:
@@ -27,16 +27,12 @@ class PackMender:
     def __init__(self, store: Store, threads: SourceThreads) -> None:
         self._store, self._threads = store, threads
         self._running: dict[str, asyncio.Task[bool]] = {}  # by hash
-        self._mended_at: dict[str, float] = {}
+        self._mended_at: dict[str, list[float]] = {}  # by hash, within the window
 
     async def mend(self, ref: AdapterRef, make: Callable[[], Awaitable[AdapterRef]]) -> bool:
         """Whether the pack that the engine refused was damaged, and is whole now; one look and one making however many ask.
 
         `make` resolves the adapter anew. Its errors pass."""
-        now = time.monotonic()
-        self._mended_at = {known: at for known, at in self._mended_at.items() if now - at < _MEND_AGAIN_S}
-        if ref.hash in self._mended_at:
-            return True  # since this request was refused, or it is refused again and then for good
         task = self._running.get(ref.hash)
         if task is None:
             task = self._running[ref.hash] = asyncio.create_task(self._mend(ref, make))
@@ -44,11 +40,16 @@ class PackMender:
         return await asyncio.shield(task)
 
     async def _mend(self, ref: AdapterRef, make: Callable[[], Awaitable[AdapterRef]]) -> bool:
-        if not await asyncio.wrap_future(self._threads.submit("store", "fetch", lambda: self._remove_damaged(ref))):
+        earliest = time.monotonic() - _WINDOW_S
+        self._mended_at = {known: kept for known, at in self._mended_at.items() if (kept := [one for one in at if one > earliest])}
+        mended_at = self._mended_at.get(ref.hash, [])
+        if len(mended_at) >= _MAX_MENDED:
             return False
+        if not await asyncio.wrap_future(self._threads.submit("store", "fetch", lambda: self._remove_damaged(ref))):
+            return bool(mended_at)  # whole: it was mended since this request was refused, or it is refused for what it is
         if (await make()).hash != ref.hash:
             return False  # the name means something else by now: nothing can be made of these weights any more
-        self._mended_at[ref.hash] = time.monotonic()
+        self._mended_at[ref.hash] = [*mended_at, time.monotonic()]
         return True
 
     def _remove_damaged(self, ref: AdapterRef) -> bool:

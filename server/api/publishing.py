@@ -181,8 +181,8 @@ class Publisher:
     async def _prune(self) -> None:
         """Remove weights that no name means any more. Never a reason for an order to fail."""
         try:
-            num_removed = await asyncio.to_thread(self._weights.prune, self.registry.read_hashes)
-        except (OSError, ValueError) as error:
+            num_removed = await self.registry.in_thread(lambda: self._weights.prune(self.registry.read_hashes))
+        except (OSError, ValueError) as error:  # a TimeoutError is an OSError
             log.warning("old published weights could not be removed: %s", error)
             return
         if num_removed:
@@ -290,6 +290,7 @@ class Publisher:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+        self.registry.close()
 
 
 def _taken(name: str) -> Conflict:

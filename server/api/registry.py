@@ -7,16 +7,21 @@ default source: one that nobody published means its id there. It does not know h
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import quote
 
 import msgspec
 
 from server.api.shared_file import SharedFile
-from server.errors import ServerError, SourceUnavailable, ValidationFailed
+from server.errors import ServerError, SourceUnavailable, Unavailable, ValidationFailed
 
 log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
+_PATIENCE_S = 20.0  # longer than a writer waits for the lock
 MAX_NAMES = 20_000  # a few MB, read by every server after each change
 
 
@@ -67,6 +72,8 @@ class Registry:
         self.on_change: OnChange = lambda name, before, after: None
         self._file = SharedFile(self.folder / "names.json", Names())
         self.view: Names = self._file.read()
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="registry")
+        self._follower = ThreadPoolExecutor(1, thread_name_prefix="registry-follower")
 
     def entry(self, name: str) -> Entry:
         """What is known of a name; NOTHING if nothing is."""
@@ -92,21 +99,33 @@ class Registry:
     async def update(self, name: str, change: Change) -> Entry:
         """Change what a name means, for the whole fleet; it holds here when this returns. `change` may raise, and then nothing changes.
 
-        Unavailable if the registry is busy, SourceUnavailable if its disk fails, ValidationFailed if it is full."""
+        Unavailable if the registry is busy or hangs, SourceUnavailable if its disk fails, ValidationFailed if it is full."""
         try:
-            after = await asyncio.to_thread(self._file.update, lambda now: _changed(now, name, change), self.view.generation)
+            after = await self.in_thread(lambda: self._file.update(lambda now: _changed(now, name, change), self.view.generation))
+        except TimeoutError:
+            raise Unavailable("the registry's file system does not answer; the order may still be carried out", retry_after_s=5.0) from None
         except (OSError, ValueError) as error:
             log.error("the registry of adapters cannot be written: %s", error)
             raise SourceUnavailable("the registry of adapters failed; nothing was changed") from None
         self._take(after)
         return self.entry(name)
 
+    async def in_thread(self, work: Callable[[], Result]) -> Result:
+        """What blocks on the registry's file system, in threads that nothing else needs: it may hang. TimeoutError if it does."""
+        async with asyncio.timeout(_PATIENCE_S):
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def close(self) -> None:
+        """Take no more work; what hangs is left to end with the process."""
+        for threads in (self._threads, self._follower):
+            threads.shutdown(wait=False, cancel_futures=True)
+
     async def follow(self, every_s: float) -> None:
         """Take over what other servers write; never returns. While the file cannot be read the last view holds."""
         failure = ""
         while True:
             try:
-                found = await asyncio.to_thread(self._file.read_if_changed)
+                found = await asyncio.get_running_loop().run_in_executor(self._follower, self._file.read_if_changed)
                 if found is not None:
                     self._take(found)
                 failure = ""

@@ -5,7 +5,7 @@ A source has a pool for each kind of work, so that neither a slow source holds u
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 Result = TypeVar("Result")
 
@@ -19,6 +19,16 @@ class SourceThreads:
 
     def __init__(self) -> None:
         self._pools: dict[tuple[str, Work], ThreadPoolExecutor] = {}
+        self._late: dict[tuple[str, Work], list[Future[Any]]] = {}
+
+    def is_late(self, source: str, work: Work) -> bool:
+        """Whether such work was given up by `note_late` and is still not done: more of it would only wait behind it."""
+        late = self._late[source, work] = [job for job in self._late.get((source, work), ()) if not job.done()]
+        return bool(late)
+
+    def note_late(self, source: str, work: Work, job: Future[Any]) -> None:
+        """Somebody waits for this no longer, since it takes too long."""
+        self._late.setdefault((source, work), []).append(job)
 
     def submit(self, source: str, work: Work, run: Callable[[], Result]) -> Future[Result]:
         """Run it in a thread, now or when one is free; until then its future can be cancelled."""

@@ -56,6 +56,9 @@ class Settings(BaseModel):
     adapter_host_bytes: ByteSize | None = _set(
         None, "Adapters", "Host memory for adapters, all engines together; auto: a share of what is free.", gt=0
     )
+    adapter_timeout_s: float = _set(
+        300.0, "Adapters", "A request whose adapter is not fetched by then, or not read from disk, is answered 424.", gt=0, le=86400
+    )
     max_adapter_bytes: ByteSize = _set(ByteSize(4 * GiB), "Adapters", "A larger adapter is refused before it is fetched.", gt=0)
     max_merged_rank: int = _set(256, "Adapters", "Highest rank that merged_adapters may come to.", ge=1, le=4096)
     store_dir: Path | None = _set(None, "Adapters", "Fetched and packed adapters lie here; several servers may share it. Auto: ~/.cache.")

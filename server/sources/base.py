@@ -4,6 +4,8 @@ Owns the vocabulary of this package. It does not know any single source, nor the
 """
 
 import logging
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,19 +110,38 @@ class SourceChanged(SourceUnavailable):
         super().__init__(f"Adapter '{snapshot.shown_id}' changed in source '{snapshot.source}' while it was read; try again")
 
 
-class Tally:
-    """Counts fetched bytes over the files of one fetch and reports them."""
+class TooSlow(Exception):
+    """A transfer brings next to nothing."""
 
-    def __init__(self, snapshot: Snapshot, progress: Progress | None) -> None:
+
+class Tally:
+    """Counts fetched bytes over the files of one fetch and reports them. TooSlow from `add` if in a whole `window_s` less than
+    MIN_BYTES_S a second came: a source that drips is as good as silent, and would hold a thread for days."""
+
+    MIN_BYTES_S = 16 << 10
+
+    def __init__(self, snapshot: Snapshot, progress: Progress | None, window_s: float = math.inf) -> None:
         self._done_bytes = 0
         self._total_bytes = snapshot.size_bytes
-        self._progress = progress
+        self._progress, self._window_s = progress, window_s
+        self.begin()
+
+    def begin(self) -> None:
+        """A transfer begins (again): its speed is judged from now on."""
+        self._window_at, self._window_bytes = time.monotonic(), 0
 
     def add(self, num_bytes: int) -> None:
         """`num_bytes` more arrived; fewer than 0 when a file is started again."""
         self._done_bytes += num_bytes
+        self._window_bytes += max(0, num_bytes)
         if self._progress is not None:
             self._progress(self._done_bytes, self._total_bytes)
+        elapsed_s = time.monotonic() - self._window_at
+        if num_bytes > 0 and elapsed_s > self._window_s:
+            is_slow = self._window_bytes < self.MIN_BYTES_S * elapsed_s
+            self.begin()
+            if is_slow:
+                raise TooSlow
 
 
 def not_found(source: str, adapter_id: str, why: str = "") -> AdapterNotFound:

@@ -20,6 +20,7 @@ from server.sources.base import (
     SourceFile,
     SourceOptions,
     Tally,
+    TooSlow,
     log_hidden_reason,
     not_found,
     raise_invalid,
@@ -105,7 +106,7 @@ class S3Source:
     def fetch(self, snapshot: Snapshot, into: Path, api_token: str | None = None, progress: Progress | None = None) -> None:
         """See Source. Each object is read with the ETag of the listing as a condition."""
         where = locate(snapshot.adapter_id, None, None)
-        tally = Tally(snapshot, progress)
+        tally = Tally(snapshot, progress, self._options.read_timeout_s)
         for file in snapshot.files:
             with self._explain(snapshot.shown_id, snapshot):
                 self._download(where, file, into / file.name, tally, snapshot)
@@ -156,7 +157,8 @@ class S3Source:
             try:
                 answer = self._connect().get_object(Bucket=where.bucket, Key=f"{where.key}/{file.name}", IfMatch=file.version)
                 with closing(answer["Body"]) as body, target.open("wb") as out:
-                    for chunk in body.iter_chunks(_CHUNK_BYTES):
+                    tally.begin()
+                    for chunk in _arriving(body, file.size_bytes):
                         received += len(chunk)
                         if received > file.size_bytes:
                             raise SourceChanged(snapshot)
@@ -169,6 +171,8 @@ class S3Source:
                 num_left -= 1
                 tally.add(-received)
                 logger.info("s3: %s of adapter %r broke off (%s), again", file.name, snapshot.adapter_id, type(error).__name__)
+            except TooSlow as error:
+                raise unavailable(self.name, f"it sends less than {tally.MIN_BYTES_S >> 10} KiB a second") from error
 
     def _connect(self) -> Any:
         """The client, made on first use: importing boto3 takes half a second and servers without S3 need not pay it."""
@@ -222,3 +226,25 @@ class S3Source:
         except BotoCoreError as error:
             log_hidden_reason(logger, adapter_id, error)
             raise unavailable(self.name, type(error).__name__) from error
+
+
+def _arriving(body: Any, size_bytes: int) -> Iterator[bytes]:
+    """A StreamingBody's bytes as they arrive; its own `read` would wait for a whole chunk, however slowly that came. botocore's errors."""
+    from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+    from urllib3.exceptions import HTTPError
+    from urllib3.exceptions import ReadTimeoutError as Silence
+
+    received = 0
+    while True:
+        try:
+            chunk = body._raw_stream.read1(_CHUNK_BYTES)
+        except Silence as error:
+            raise ReadTimeoutError(endpoint_url="s3", error=error) from error
+        except HTTPError as error:
+            raise ResponseStreamingError(error=error) from error
+        if not chunk:
+            break
+        received += len(chunk)
+        yield chunk
+    if received < size_bytes:
+        raise IncompleteReadError(actual_bytes=received, expected_bytes=size_bytes)

@@ -179,6 +179,9 @@ async def test_a_damaged_pack_is_made_anew_once_however_many_met_it(tmp_path: Pa
         assert await asyncio.gather(*(resolver.mend(pick("one"), found, layout(100)) for _ in range(5))) == [True] * 5
     assert pack.read_bytes() == whole
     assert await resolver.mend(pick("one"), found, layout(100)) is True  # refused before it was mended
+    for again in (True, True, False):  # a disk that damages all that is written
+        pack.write_bytes(b"damaged")
+        assert await resolver.mend(pick("one"), found, layout(100)) is again
 
 
 async def test_a_damaged_pack_of_a_name_with_new_content_is_not_made_anew(tmp_path: Path, resolver: AdapterResolver) -> None:

@@ -186,24 +186,23 @@ def test_silent_s3_times_out() -> None:
 
 
 def test_a_broken_transfer_is_started_again(s3: S3World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from botocore.response import StreamingBody
+    from urllib3.exceptions import ReadTimeoutError
+    from urllib3.response import HTTPResponse
 
     s3.put("sql", adapter_files())
     source = S3Source(s3.options(num_retries=2))
     snapshot = source.snapshot("team/sql")
-    whole, num_broken = StreamingBody.read, 0
+    whole, num_broken = HTTPResponse.read1, 0
 
-    def read(self: StreamingBody, amt: int | None = None) -> bytes:
-        from botocore.exceptions import ReadTimeoutError
-
+    def read1(self: HTTPResponse, amt: int | None = None) -> bytes:
         nonlocal num_broken
         if num_broken < 2 and self.tell() == 0:
             num_broken += 1
             whole(self, 10)
-            raise ReadTimeoutError(endpoint_url="x")
+            raise ReadTimeoutError(None, "x", "silence")  # type: ignore[arg-type]
         return whole(self, amt)
 
-    monkeypatch.setattr(StreamingBody, "read", read)
+    monkeypatch.setattr(HTTPResponse, "read1", read1)
     source.fetch(snapshot, tmp_path, progress=None)
     assert {name: (tmp_path / name).read_bytes() for name in snapshot.names} == adapter_files()
     assert num_broken == 2

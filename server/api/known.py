@@ -1,0 +1,62 @@
+"""What is remembered of adapters that were resolved, by what was asked for. Owns the memory; api.adapters decides what it is good for."""
+
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from server.api.packing import Packed
+from server.sources import Snapshot
+from server.types import AdapterRef
+
+Key = tuple[object, ...]
+
+_MAX_REMEMBERED = 20_000  # adapters; an entry is small
+
+
+@dataclass(frozen=True)
+class Known:
+    """An adapter that was resolved once. Its tokenizer is named, not held: the cache of tokenizers decides what stays in memory."""
+
+    version: tuple[str, ...]
+    ref: AdapterRef
+    rank: int
+    base_name: str | None
+    tokenizer_digest: str | None  # None: the base's
+    checked_at: float
+    cheap: bool  # asking the source again costs next to nothing
+
+    @classmethod
+    def of(cls, packed: Packed) -> Self:
+        """As it was packed just now."""
+        cheap = all(one.folder is not None for one in packed.snapshots)
+        digest = packed.own[0] if packed.own is not None else None
+        return cls(version_of(packed.snapshots), packed.ref, packed.rank, packed.base_name, digest, time.monotonic(), cheap)
+
+
+def version_of(snapshots: Sequence[Snapshot]) -> tuple[str, ...]:
+    """Of all that a selection names."""
+    return tuple(snapshot.version for snapshot in snapshots)
+
+
+class KnownAdapters:
+    """The adapters that were used last."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[Key, Known] = OrderedDict()
+
+    def get(self, key: Key) -> Known | None:
+        """What is remembered; None if nothing is."""
+        return self._known.get(key)
+
+    def remember(self, key: Key, known: Known) -> None:
+        """Remember it, in place of the one that was used longest ago."""
+        self._known[key] = known
+        self._known.move_to_end(key)
+        while len(self._known) > _MAX_REMEMBERED:
+            self._known.popitem(last=False)
+
+    def forget(self, key: Key) -> None:
+        """The next request starts anew."""
+        self._known.pop(key, None)
