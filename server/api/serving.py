@@ -11,6 +11,7 @@ from types import FrameType
 import uvicorn
 
 from server.api.app import make_app
+from server.api.connections import BoundedConnection, bound_listener
 from server.api.state import Api
 from server.errors import Unavailable
 
@@ -31,6 +32,7 @@ class DrainingServer(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                http=BoundedConnection,
                 timeout_keep_alive=75,
                 timeout_graceful_shutdown=_CLOSE_TIMEOUT_S,
             )
@@ -43,6 +45,13 @@ class DrainingServer(uvicorn.Server):
     async def _serve(self, sockets: list | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super()._serve(sockets)
+
+    async def startup(self, sockets: list | None = None) -> None:
+        """Listen, within bounds."""
+        await super().startup(sockets=sockets)
+        for server in self.servers:
+            for listener in server.sockets:
+                bound_listener(listener.fileno(), self._api.settings.write_timeout_s)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, the second one stops at once."""
