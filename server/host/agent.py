@@ -60,9 +60,9 @@ class GpuReport:
             return
         for error in self._errors:
             log.error("GPU: %s", error)
-        self._group.publish({"GpuErrors": float(len(self._errors))}, unit="Count")
-        self._group.mark_unhealthy()
+        self._group.mark_unhealthy()  # first: a metric that is refused must not keep a broken GPU in service
         self._is_reported = True
+        self._group.publish({"GpuErrors": float(len(self._errors))}, unit="Count")
 
 
 def make_beats(flags: argparse.Namespace, metadata: InstanceMetadata, group: Group) -> list[Beat]:

@@ -8,6 +8,7 @@ import errno
 import os
 import re
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -40,9 +41,10 @@ _RECORD_BYTES = 8192
 class GpuWatch:
     """Reads the kernel's log from its beginning (that of this boot) on."""
 
-    def __init__(self, *, kernel_log: Path = KERNEL_LOG, nvidia_smi: Sequence[str] = NVIDIA_SMI) -> None:
-        self._nvidia_smi = list(nvidia_smi)
+    def __init__(self, *, kernel_log: Path = KERNEL_LOG, nvidia_smi: Sequence[str] = NVIDIA_SMI, timeout_s: float = _TIMEOUT_S) -> None:
+        self._nvidia_smi, self._timeout_s = list(nvidia_smi), timeout_s
         self._num_slow = 0
+        self._stuck: subprocess.Popen[str] | None = None  # one that could not be killed: it hangs in the driver
         self._log: int | None = None
         with suppress(OSError):  # not readable: nvidia-smi alone has to do
             self._log = os.open(kernel_log, os.O_RDONLY | os.O_NONBLOCK)
@@ -81,21 +83,38 @@ class GpuWatch:
 
     def _memory_errors(self) -> list[str]:
         try:
-            answer = subprocess.run(self._nvidia_smi, capture_output=True, text=True, timeout=_TIMEOUT_S)
+            status, said = self._ask()
         except subprocess.TimeoutExpired:
             self._num_slow += 1
             return ["nvidia-smi hangs"] if self._num_slow >= 3 else []
         except FileNotFoundError:
             return []  # no driver, no GPU: not this watch's affair
         self._num_slow = 0
-        if answer.returncode:
-            words = (answer.stdout + answer.stderr).strip().splitlines() or ["no reason given"]
-            return [f"nvidia-smi failed ({answer.returncode}): {words[0][:200]}"]
+        if status:
+            words = said.strip().splitlines() or ["no reason given"]
+            return [f"nvidia-smi failed ({status}): {words[0][:200]}"]
         found = []
-        for line in answer.stdout.splitlines():
+        for line in said.splitlines():
             index, uncorrected, remap_failed = ([part.strip() for part in line.split(",")] + ["", ""])[:3]
             if uncorrected.isdigit() and int(uncorrected):  # "[N/A]" where ECC is off
                 found.append(f"GPU {index}: {uncorrected} uncorrected ECC errors")
             if remap_failed.lower() in ("yes", "1"):
                 found.append(f"GPU {index}: row remapping failed")
         return found
+
+    def _ask(self) -> tuple[int, str]:
+        """Exit status and words of nvidia-smi. TimeoutExpired if it takes too long, at once while an earlier one hangs: it is killed, but
+        not waited for, since a process in the driver's hands may never end, and the agent has more to do."""
+        if self._stuck is not None and self._stuck.poll() is None:
+            raise subprocess.TimeoutExpired(self._nvidia_smi, 0)
+        self._stuck = None
+        with tempfile.TemporaryFile("w+", errors="replace") as said:
+            process = subprocess.Popen(self._nvidia_smi, stdout=said, stderr=subprocess.STDOUT, text=True)
+            try:
+                status = process.wait(self._timeout_s)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                self._stuck = process
+                raise
+            said.seek(0)
+            return status, said.read()

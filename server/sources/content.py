@@ -50,8 +50,9 @@ def stat_signature(folder: Path, names: Sequence[str]) -> str:
 
 
 def is_settled(folder: Path, names: Sequence[str]) -> bool:
-    """True once no file changed within the last seconds, so that any later write gets another stat signature."""
-    return time.time() - max(os.stat(folder / name).st_ctime for name in names) > SETTLE_S
+    """True once no file changed within the last seconds, so that any later write gets another stat signature. A change that is to come was
+    made before the clock was set back: a write gets another time now."""
+    return all(abs(time.time() - os.stat(folder / name).st_ctime) > SETTLE_S for name in names)
 
 
 def hash_adapter(folder: Path, names: Sequence[str] | None = None) -> str:

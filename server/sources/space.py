@@ -1,10 +1,12 @@
 """How much the store holds, and what goes when it is too much. Owns the pins of this process; called by the store.
 
-Least recently used goes first: an entry's mtime is the time of its last use, for every server on a shared folder.
+Least recently used goes first: an entry's mtime is the time of its last use, for every server on a shared folder. The clock may be stepped:
+a time that is to come tells nothing, and a step forward makes all look idle, so what this process itself uses is pinned.
 """
 
 import logging
 import os
+import shutil
 import threading
 import time
 from collections import Counter
@@ -17,6 +19,7 @@ from server.sources.disk import Staging
 
 logger = logging.getLogger(__name__)
 
+_SLACK_BYTES = 1 << 20  # of the disk: for folders, index and locks
 _RECOUNT_S = 300.0  # other servers on the same folder add and remove too
 
 
@@ -68,11 +71,9 @@ class Space:
             self._added_bytes += size_bytes
 
     def reserve(self, size_bytes: int) -> None:
-        """Make room for so much more. AdapterRefused if the whole store is smaller. What is pinned or was used within `min_idle_s` (another
-        server may be about to open it) stays, so the bound may be passed for that long."""
-        if self._max_bytes is None:
-            return
-        if size_bytes > self._max_bytes:
+        """Make room for so much more, within the bound and on the disk. AdapterRefused if the whole store is smaller. What is pinned or was
+        used within `min_idle_s` (another server may be about to open it) stays, so the bound may be passed for that long."""
+        if self._max_bytes is not None and size_bytes > self._max_bytes:
             raise AdapterRefused(f"The adapter has {size_bytes} bytes; the whole store holds {self._max_bytes} (store-max-bytes)")
         if self._fits(size_bytes) and self._is_counted():
             return
@@ -81,22 +82,23 @@ class Space:
                 return  # another thread made room meanwhile
             self._evict(sorted(self._count()), size_bytes)
         if not self._fits(size_bytes):
-            logger.warning("adapter store: %d bytes are in use, more than store-max-bytes", self._used_bytes + size_bytes)
+            logger.warning("adapter store: there is no room for %d bytes beside the %d in use", size_bytes, self._used_bytes)
 
     def _fits(self, size_bytes: int) -> bool:
         with self._lock:
-            return self._max_bytes is None or self._used_bytes + size_bytes <= self._max_bytes
+            is_within = self._max_bytes is None or self._used_bytes + size_bytes <= self._max_bytes
+        return is_within and shutil.disk_usage(self._folders[0]).free >= size_bytes + _SLACK_BYTES
 
     def _is_counted(self) -> bool:
-        return time.monotonic() - self._counted_at < _RECOUNT_S
+        return self._max_bytes is None or time.monotonic() - self._counted_at < _RECOUNT_S
 
     def _evict(self, entries: list[_Entry], size_bytes: int) -> None:
         """Take entries away, first ones first, until so much more fits."""
-        idle_since = time.time() - self._min_idle_s
+        now = time.time()
         for entry in entries:
             if self._fits(size_bytes):
                 return
-            if entry.used_at > idle_since or self.is_pinned(entry.hash):
+            if abs(now - entry.used_at) < self._min_idle_s or self.is_pinned(entry.hash):
                 continue
             self._staging.take_away(entry.path)
             with self._lock:
