@@ -19,7 +19,7 @@ REHEARSAL := .venv-rehearse/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv model demo serve test lint format bench soak docs parity screenshots train-examples kit synth baselines rehearse rehearse-ready clean
+.PHONY: help venv model demo serve test lint format bench soak docs parity faults screenshots train-examples kit synth baselines rehearse rehearse-ready clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -74,6 +74,9 @@ soak: $(READY) ## 20,000 requests over 300 adapters that change at random; fails
 
 parity: model ## prove each row of docs/lorax.md, then write its table
 	.venv/bin/python -m docs.parity
+
+faults: model ## inject each fault of docs/faults.md, then write its table
+	.venv/bin/python -m docs.fault_table
 
 docs: $(READY) ## write the tables of the documentation anew from the code
 	.venv/bin/python -m docs.tables

@@ -62,6 +62,10 @@ def test_a_silent_engine_is_unhealthy_and_a_stuck_one_too(tmp_path: Path, model_
         wait_for(lambda: live.client.get("/health").status_code == 200)
 
 
+@pytest.mark.fault(
+    "Engine", "a step that never ends while the heartbeat goes on", "503 once the step is over its time for the hang's timeout",
+    "killed and restarted",
+)  # fmt: skip
 def test_a_hung_engine_is_replaced(tmp_path: Path, model_dir: Path) -> None:
     with live_server(tmp_path, model_dir, heartbeat_timeout_s=0.5, hang_timeout_s=0.5) as live:
         live.control(hang=True)

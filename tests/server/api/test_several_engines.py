@@ -127,6 +127,10 @@ def test_publish_needs_one_engine_a_pin_holds_on_both_and_unload_frees_both(two:
     assert ask(two, "published") == adapter_hash
 
 
+@pytest.mark.fault(
+    "Engine", "one of several engines killed under load", "503 and `Retry-After`, those that it had confirmed alone",
+    "the others go on, and take over what it had not confirmed; `/health` stays 200; it is started again with its pins",
+)  # fmt: skip
 def test_one_engine_dies_and_nobody_else_notices(two: LiveServer) -> None:
     write_adapter(two.folder / "adapters" / "kept", seed=60)
     order(two, "adapters", {"name": "kept", "id": "kept"})
@@ -180,6 +184,10 @@ def test_what_the_dead_engine_never_had_is_answered_by_the_other(two: LiveServer
     wait_for(lambda: metric(two, "manylora_engine_up") == 2)
 
 
+@pytest.mark.fault(
+    "Engine", "one of several engines stopped (SIGSTOP)", "a wait of the heartbeat's timeout",
+    "what it has not confirmed goes to another engine; it drops it when it wakes up",
+)  # fmt: skip
 def test_what_a_stopped_engine_has_not_taken_goes_to_the_other(tmp_path: Path, model_dir: Path) -> None:
     with live_server(tmp_path, model_dir, num_gpus=2, heartbeat_timeout_s=1, hang_timeout_s=300) as live:
         os.kill(pid_on(live, "cuda:0"), signal.SIGSTOP)

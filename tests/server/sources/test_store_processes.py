@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from server.sources import Store
 from server.sources.disk import Staging
 from tests.server.sources.store_victim import SlowSource, visible_errors
@@ -63,6 +65,10 @@ def test_the_staging_of_a_living_process_is_not_swept(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fault(
+    "Files and disks", "the server killed (SIGKILL) before each single operation on the store", "the connection breaks off",
+    "nothing that readers see is half-written, and the next process finishes the work",
+)  # fmt: skip
 def test_kill_9_at_every_operation(tmp_path: Path) -> None:
     done = subprocess.run([*VICTIM, str(tmp_path), "kill-everywhere"], cwd=CHECKOUT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
