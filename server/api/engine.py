@@ -9,7 +9,6 @@ import logging
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -45,7 +44,7 @@ log = logging.getLogger(__name__)
 
 ENGINE_COMMAND = (sys.executable, "-m", "server.engine")
 _STATES = ("absent", "loading", "host", "device", "failed")
-_MAX_BACKOFF_S = 60.0
+_MAX_BACKOFF_S, _SERVED = 60.0, 4  # an engine that served for so many times the pause before it starts after the shortest one
 _STOP_TIMEOUT_S = 10.0
 _WATCH_EVERY_S = 0.25
 _MAX_KILLED_STARTS = 3  # a signal is no fault of the configuration, unless it comes each time
@@ -137,7 +136,6 @@ class EngineClient:
     async def _supervise(self) -> None:
         backoff_s = self._backoff_s
         while not self._stopping:
-            was_up_at = time.monotonic()
             try:
                 reason = await self._run_engine()
             except Exception as error:  # whatever it is, the requests that wait must end
@@ -152,7 +150,8 @@ class EngineClient:
                 self._phase = reason
                 if not self._on_fatal(reason):
                     return
-            backoff_s = self._backoff_s if time.monotonic() - was_up_at > _MAX_BACKOFF_S else min(backoff_s * 2, _MAX_BACKOFF_S)
+            has_served = self._vitals.ready_s > _SERVED * backoff_s  # a crash now and then is no reason to stay away for long
+            backoff_s = self._backoff_s if has_served else min(backoff_s * 2, _MAX_BACKOFF_S)
             self._phase = f"{reason}; starting again in {backoff_s:.0f} s"
             await asyncio.sleep(backoff_s)
 

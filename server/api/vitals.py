@@ -3,7 +3,7 @@
 import math
 import time
 
-from server.ipc.messages import FromEngine, Heartbeat
+from server.ipc.messages import FromEngine, Heartbeat, Ready
 
 _START_SILENCE = 5  # times the hang's timeout: loading and compiling may keep the interpreter, and with it the heartbeat, for long
 
@@ -16,22 +16,30 @@ class Vitals:
         self.heartbeat: Heartbeat | None = None
         self._started_at = self._heard_at = 0.0
         self._unwell_since_at: float | None = None
+        self._ready_at: float | None = None
 
     def begin(self) -> None:
         """A new process was started; silence is counted from its first word on."""
         self._started_at, self._heard_at = time.monotonic(), math.inf
-        self.heartbeat = self._unwell_since_at = None
+        self.heartbeat = self._unwell_since_at = self._ready_at = None
 
     def hear(self, message: FromEngine) -> None:
         """It said something."""
         self._heard_at = time.monotonic()
         if isinstance(message, Heartbeat):
             self.heartbeat = message
+        elif isinstance(message, Ready):
+            self._ready_at = self._heard_at
 
     @property
     def age_s(self) -> float:
         """Since its start."""
         return time.monotonic() - self._started_at
+
+    @property
+    def ready_s(self) -> float:
+        """Since it became ready; 0 if it never did."""
+        return 0.0 if self._ready_at is None else time.monotonic() - self._ready_at
 
     def unhealthy_reason(self) -> str | None:
         """Why an engine that was ready is unwell: silent, or stuck; None if it is not."""

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from server.errors import AdapterRefused
+from server.errors import AdapterRefused, SourceUnavailable
 from server.memory.tier import Carrier
 from server.memory.tiers import AdapterTiers
 from server.types import AdapterRef
@@ -311,3 +311,42 @@ def test_an_adapter_that_nobody_wants_any_more_keeps_its_memory_until_the_copy_i
     carrier.whole.add("a")
     tiers.poll()
     assert ("host", "a") in carrier.left and tiers.state("a") == ("absent" if forget else "device")
+
+
+def test_reads_that_hang_are_given_up_and_hold_up_nobody_else():
+    opened, dropped = threading.Event(), []
+
+    def read(ref):
+        if ref.name.startswith("hangs"):
+            opened.wait(30)
+        return SimpleNamespace(bytes=10, hash=ref.hash)
+
+    carrier = Carrier(read, lambda host: host)
+    carrier.leave_host = dropped.append
+    tiers = AdapterTiers(carrier, 100, 50, read_timeout_s=1.0)
+    try:
+        for name in ("hangs-1", "hangs-2", "a", "b"):
+            tiers.want(AdapterRef(name, "/p", name))
+        arrived, failed = [], []
+        deadline = time.monotonic() + 60
+        while len(arrived) + len(failed) < 4:
+            assert time.monotonic() < deadline
+            tiers.arrived.wait(0.01)
+            if tiers.has_news:
+                here, gone = tiers.poll()
+                arrived, failed = arrived + here, failed + gone
+        assert sorted(arrived) == ["a", "b"] and sorted(name for name, _ in failed) == ["hangs-1", "hangs-2"]
+        assert all(isinstance(error, SourceUnavailable) and "within 1 s" in error.message for _, error in failed)
+        opened.set()
+        while len(dropped) < 2:  # what they read in the end is let go of, and never taken for what was asked for
+            assert time.monotonic() < deadline
+            tiers.poll()
+        tiers.unwant("hangs-1")
+        tiers.want(AdapterRef("hangs-1", "/p", "hangs-1"))
+        while tiers.state("hangs-1") != "host":
+            assert time.monotonic() < deadline
+            tiers.poll()
+        assert tiers.host.used_bytes == 30 and tiers._readers._num_hung == 0
+    finally:
+        opened.set()
+        tiers.close()
