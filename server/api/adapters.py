@@ -20,14 +20,14 @@ from server.api.adapter_lists import AdapterLists
 from server.api.adapter_tokenizers import AdapterTokenizers
 from server.api.known import Key, Known, KnownAdapters, version_of
 from server.api.mending import PackMender
-from server.api.packing import AdapterPacker
+from server.api.packing import AdapterPacker, Packed
 from server.api.residency import Residency
 from server.api.selection import AdapterSelection, Merge, ResolvedAdapter
 from server.api.source_threads import SourceThreads, Work
 from server.api.text.tokenizer import Tokenizer
 from server.errors import AdapterNotFound, ServerError, SourceUnavailable, Unavailable
 from server.metrics import Metrics
-from server.sources import Snapshot, Sources, Store, canonical_name
+from server.sources import Snapshot, SourceChanged, Sources, Store, canonical_name
 from server.sources.space import mark_used
 from server.types import AdapterRef, BaseLayout
 
@@ -42,6 +42,7 @@ _REMEMBER_FAILURE_S = 1.0
 _PATIENCE_S = 2.0  # with a source that is asked whether what is known still holds
 _MAX_STALE_S = 3600.0  # what a source that is away said last is believed for so long
 _SAY_STALE_S = 60.0
+_NUM_ATTEMPTS = 3  # when the source changes under our hands
 
 
 class _Flight:
@@ -150,9 +151,7 @@ class AdapterResolver:
                         return self._resolved(known, tokenizer)
             if snapshots is None:  # unknown, or the store let its pack go, or the cache its tokenizer
                 snapshots = await self._in_thread(flight, source, "fetch", lambda: self._ask(source, selection))
-            packed = await self._in_thread(
-                flight, source, "fetch", lambda: self._packer.make(self._sources.get(source), selection, snapshots, layout)
-            )
+            packed = await self._in_thread(flight, source, "fetch", lambda: self._make(source, selection, snapshots, layout))
         self._known.forget(key)
         if all(one.settled for one in packed.snapshots):
             self._known.remember(key, Known.of(packed))
@@ -234,6 +233,17 @@ class AdapterResolver:
             self._stale_said_at[source] = now
             log.warning("source %r is away (%s): adapters that are here are used as they were", source, why)
 
+    def _make(self, name: str, selection: AdapterSelection, snapshots: Sequence[Snapshot], layout: BaseLayout) -> Packed:
+        """Fetched and packed; from new snapshots if the source changes meanwhile: who joined this flight may have come after that."""
+        for num_left in reversed(range(_NUM_ATTEMPTS)):
+            try:
+                return self._packer.make(self._sources.get(name), selection, snapshots, layout)
+            except SourceChanged:
+                if not num_left:
+                    raise
+                snapshots = self._ask(name, selection)
+        raise AssertionError
+
     def _ask(self, name: str, selection: AdapterSelection) -> list[Snapshot]:
         source = self._sources.get(name)
         return [source.snapshot(adapter_id, api_token=selection.api_token) for adapter_id in selection.ids]
@@ -253,8 +263,13 @@ class AdapterResolver:
         return any(key[:named] == selection.name_key for key in self._flights)
 
     async def run(self, source: str, work: Callable[[AdapterPacker], Result]) -> Result:
-        """Whatever takes as long as a fetch, in a thread of those that fetch from the source."""
-        return await asyncio.wrap_future(self._threads.submit(canonical_name(source), "fetch", lambda: work(self._packer)))
+        """Whatever takes as long as a fetch, in a thread of those that fetch from the source. SourceUnavailable if it takes too long."""
+        source = canonical_name(source)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await asyncio.wrap_future(self._threads.submit(source, "fetch", lambda: work(self._packer)))
+        except TimeoutError:
+            raise SourceUnavailable(f"Source '{source}' did not bring the adapter within {self._timeout_s:g} s; try again") from None
 
     # -- held while requests run ---------------------------------------------------------------------------------------------------
 

@@ -48,6 +48,7 @@ def test_it_hangs(fleet) -> None:
             wait_for(lambda: stall.num_waiting)  # the poll of the registry, for one
             unknown = [pool.submit(live.post, "/generate", body("new")) for _ in range(3)]
             orders = [pool.submit(live.post, "/v1/adapters/known/unload", None, headers=ADMIN) for _ in range(12)]
+            publish = pool.submit(live.post, "/v1/adapters", {"name": "another", "id": "new"}, headers=ADMIN)
             known = [pool.submit(live.post, "/generate", body(name)) for name in ("known", "published", None) * 5]
             assert [one.result(30).status_code for one in known] == [200] * 15
             chat = {"model": "base", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
@@ -57,6 +58,7 @@ def test_it_hangs(fleet) -> None:
             assert [one.status_code for one in answers] == [424] * 3 and "was not ready within 4 s" in answers[0].text
             refused = [one.result(30) for one in orders]
             assert {one.status_code for one in refused} == {503} and "file system does not answer" in refused[0].text
+            assert publish.result(30).status_code == 424 and "within 4 s" in publish.result().text
             assert live.post("/generate", body("known")).status_code == 200
         wait_for(lambda: not stall.num_waiting)
     wait_for(lambda: live.post("/generate", body("new")).status_code == 200)

@@ -6,12 +6,26 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 
-from server.engine.process import see_one_gpu
-from server.ipc.messages import Abort, AdapterEvent, Died, Heartbeat, Prefetch, Ready, Shutdown, StepOutputs, Submit
+from server.engine.process import EngineLoop, Pulse, see_one_gpu
+from server.ipc.messages import (
+    Abort,
+    Accepted,
+    AdapterEvent,
+    Died,
+    EngineStats,
+    Forget,
+    Heartbeat,
+    Prefetch,
+    Ready,
+    Shutdown,
+    StepOutputs,
+    Submit,
+)
 from server.ipc.sockets import EngineSocket
 from server.types import AdapterRef, EngineOptions, EngineRequest, SamplingParams
 from tests.server.engine.peft_oracle import pack, save_adapter
@@ -129,6 +143,41 @@ async def test_a_hung_step_is_seen_in_the_heartbeat(tmp_path, model_dir):
         await engine.receive(Heartbeat)
     finally:
         engine.close()
+
+
+def test_what_messages_ask_for_has_a_deadline_too_and_submits_are_confirmed_first():
+    """An order that hangs (to free an adapter, say) is found out like a step that does."""
+    seen, request = [], EngineRequest("r", [1], SamplingParams(max_new_tokens=1))
+
+    class Socket:
+        def receive(self, wait_s):
+            return [Forget("h"), Submit(request), Shutdown()]
+
+        def send(self, message):
+            seen.append(message)
+
+    class Core:
+        has_work, num_steps, grammars, scheduler = False, 7, (), SimpleNamespace(num_waiting=0)
+        tiers = SimpleNamespace(forget=lambda adapter_hash: seen.append((adapter_hash, pulse._phase, pulse._deadline_at is not None)))
+
+        def add(self, request):
+            seen.append(request)
+
+        def stats(self):
+            return EngineStats()
+
+        def abort_all(self): ...
+
+        def take_outputs(self):
+            return []
+
+    socket = Socket()
+    pulse = Pulse(SimpleNamespace(send=lambda beat: None))
+    try:
+        EngineLoop(socket, Core(), pulse).run()
+    finally:
+        pulse.stop()
+    assert seen[:3] == [Accepted(["r"]), ("h", "messages", True), request]
 
 
 @pytest.mark.parametrize(
