@@ -17,7 +17,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -47,7 +47,7 @@ class StoredAdapter:
     path: Path
     bytes: int
     snapshot: Snapshot
-    fresh: bool = False  # hashed just now: it need not be hashed again before use
+    fresh: bool = field(default=False, compare=False)  # hashed just now: it need not be hashed again before use
 
 
 class Store:
