@@ -56,13 +56,13 @@ class Soak:
         for number in range(flags.rounds):
             jobs = iter(range(flags.requests * number // flags.rounds, flags.requests * (number + 1) // flags.rounds))
             await asyncio.gather(*(self._work(jobs) for _ in range(flags.clients)))
-            looks.append(await self._watch.look())
+            looks.append(await self._watch.look(flags.requests * (number + 1) // flags.rounds))
             self._report(number, looks[-1].resident_bytes, time.monotonic() - started_at)
         counters = await self._watch.metrics()
         for name in self._names:
             await self.orders.remove(name)
         await self._notice_removal()
-        empty = await self._watch.look()
+        empty = await self._watch.look(flags.requests)
         return {
             "seconds": round(time.monotonic() - started_at, 1),
             "requests": flags.requests, "adapters": flags.adapters, "contents": self.orders.num_contents, "done": dict(self.tally.done),

@@ -15,6 +15,7 @@ import psutil
 # What a process may grow by without it being called a leak, over the judged looks: caches of names, hashes and metrics are bounded by
 # thousands of entries, and are not full yet after so many requests.
 ALLOWED_GROWTH_BYTES = 16 << 20
+WARM_UP_REQUESTS = 4000  # until then allocators and caches fill up
 _AT_REST = ("manylora_sequences_in_flight", "manylora_tokens_held", "manylora_kv_blocks_used")
 _REST_TIMEOUT_S = 60.0
 
@@ -23,6 +24,7 @@ _REST_TIMEOUT_S = 60.0
 class Look:
     """What is held at rest. Descriptors, threads and resident bytes by process."""
 
+    requests: int  # made before
     blocks: int
     sequences: int
     adapters: int  # in the tiers
@@ -45,11 +47,12 @@ class Watch:
         lines = (line.split() for line in text.splitlines() if not line.startswith("#") and "{" not in line)
         return {name: float(value) for name, value, *_ in lines}
 
-    async def look(self) -> Look:
-        """Once nothing runs, or after a minute what is then still held."""
+    async def look(self, requests: int) -> Look:
+        """Once nothing runs, or after a minute what is then still held. `requests`: made so far."""
         seen = await self._rest()
         processes = self._processes()
         return Look(
+            requests=requests,
             blocks=int(seen["manylora_kv_blocks_used"]),
             sequences=int(seen["manylora_sequences_in_flight"]),
             adapters=int(seen["manylora_adapters_device"] + seen["manylora_adapters_host"]),
@@ -95,8 +98,8 @@ def leaked(looks: list[Look], empty: Look) -> dict[str, int]:
 
 
 def memory_growth(looks: list[Look]) -> dict[str, int]:
-    """Resident bytes that each process gained over the last two thirds of the looks, by their trend; none where there are too few."""
-    judged = looks[len(looks) // 3 :]
+    """Resident bytes that each process gained over the looks after the warm-up, by their trend; none where there are too few."""
+    judged = [look for look in looks if look.requests >= WARM_UP_REQUESTS]
     if len(judged) < 4:
         return {}
     growth = {}
