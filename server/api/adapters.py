@@ -10,15 +10,14 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from server.api.adapter_lists import AdapterLists
 from server.api.adapter_tokenizers import AdapterTokenizers
-from server.api.known import Key, Known, KnownAdapters, version_of
+from server.api.known import Flight, Key, Known, KnownAdapters, version_of
 from server.api.mending import PackMender
 from server.api.packing import AdapterPacker, Packed
 from server.api.residency import Residency
@@ -45,15 +44,6 @@ _SAY_STALE_S = 60.0
 _NUM_ATTEMPTS = 3  # when the source changes under our hands
 
 
-class _Flight:
-    """A resolution under way, and for how many."""
-
-    def __init__(self) -> None:
-        self.task: asyncio.Task[ResolvedAdapter]
-        self.job: Future[Any] | None = None  # what it waits for in a thread
-        self.num_waiting = 0
-
-
 class AdapterResolver:
     """All adapters of one server. `layout` is what the engine said of the base when it became ready.
 
@@ -72,7 +62,7 @@ class AdapterResolver:
         self._lists = AdapterLists(sources, self._threads)
         self._tokenizers = AdapterTokenizers(base, store)
         self._packer = AdapterPacker(store, self._tokenizers, max_merged_rank=max_merged_rank, name_by_hash=name_by_hash)
-        self._flights: dict[Key, _Flight] = {}
+        self._flights: dict[Key, Flight] = {}
         self._known = KnownAdapters()
         self._failures: OrderedDict[Key, tuple[float, ServerError]] = OrderedDict()  # oldest first
         self._stale_said_at: dict[str, float] = {}
@@ -82,6 +72,14 @@ class AdapterResolver:
         """The adapter, fetched and packed if it is not yet; one flight however many ask. The errors of Source and of adapters.pack.
 
         `anew`: try also what failed a moment ago."""
+        found, was_asked = await self._join(selection, layout, anew)
+        if was_asked:  # before this request came: the source may hold something else since, and a look at it costs little now
+            again, _ = await self._join(selection, layout, anew)
+            return found if again.ref == found.ref else again
+        return found
+
+    async def _join(self, selection: AdapterSelection, layout: BaseLayout, anew: bool) -> tuple[ResolvedAdapter, bool]:
+        """What the flight brings, and whether the source had been asked before this request joined it."""
         source = canonical_name(selection.source)
         stamps = self._stamps(source, selection.ids)
         key = (*selection.key, layout.fingerprint, stamps)
@@ -90,16 +88,19 @@ class AdapterResolver:
             raise failed[1].with_traceback(None)
         flight = self._flights.get(key)
         if flight is None or flight.task.done():
-            flight = self._flights[key] = _Flight()
+            flight = self._flights[key] = Flight()
             flight.task = asyncio.create_task(self._fly(flight, source, key, selection, layout))
             flight.task.add_done_callback(lambda task: self._land(key, flight))
         flight.num_waiting += 1
+        was_asked = flight.was_asked
         try:
             async with asyncio.timeout(self._timeout_s):
                 found = await asyncio.shield(flight.task)
             tier = self.residency.tier(found.ref.hash)  # before this request moves it
             self.residency.resolved(selection.name_key, found.ref, stamps, found.rank, found.base_name)
-            return replace(found, tier=tier.state) if tier is not None and tier.state in ("host", "device") else found
+            if tier is not None and tier.state in ("host", "device"):
+                found = replace(found, tier=tier.state)
+            return found, was_asked
         except TimeoutError:
             named = "', '".join(selection.ids)
             raise SourceUnavailable(f"Adapter '{named}' was not ready within {self._timeout_s:g} s; try again") from None
@@ -119,7 +120,7 @@ class AdapterResolver:
         """Ids that the source holds, as api.adapter_lists remembers them. The errors of Source."""
         return await self._lists.ids(source)
 
-    def _land(self, key: Key, flight: _Flight) -> None:
+    def _land(self, key: Key, flight: Flight) -> None:
         """Forget the flight; remember its failure for a moment. Reads the exception, so that nobody is warned of it if all callers left."""
         self._forget(key, flight)
         if flight.task.cancelled():
@@ -134,12 +135,13 @@ class AdapterResolver:
         outcome = "ok" if error is None else type(error).__name__ if isinstance(error, ServerError) else "internal"
         self._metrics.adapter_resolutions.labels(outcome=outcome).inc()
 
-    def _forget(self, key: Key, flight: _Flight) -> None:
+    def _forget(self, key: Key, flight: Flight) -> None:
         if self._flights.get(key) is flight:
             del self._flights[key]
 
-    async def _fly(self, flight: _Flight, source: str, key: Key, selection: AdapterSelection, layout: BaseLayout) -> ResolvedAdapter:
+    async def _fly(self, flight: Flight, source: str, key: Key, selection: AdapterSelection, layout: BaseLayout) -> ResolvedAdapter:
         with self._metrics.adapter_resolve.time():
+            flight.was_asked = True
             known = self._known.get(key)
             tokenizer = self._tokenizer(known)
             snapshots: list[Snapshot] | None = None
@@ -158,7 +160,7 @@ class AdapterResolver:
         found = self._resolved(Known.of(packed), packed.own[1] if packed.own is not None else self._base)
         return replace(found, tier="source") if packed.is_new else found
 
-    async def _in_thread(self, flight: _Flight, source: str, work: Work, run: Callable[[], Result]) -> Result:
+    async def _in_thread(self, flight: Flight, source: str, work: Work, run: Callable[[], Result]) -> Result:
         """The result of `run`; nothing is begun for a flight that everybody left."""
         if flight.num_waiting == 0:
             raise asyncio.CancelledError
@@ -168,9 +170,7 @@ class AdapterResolver:
         finally:
             flight.job = None
 
-    async def _asked_again(
-        self, flight: _Flight, source: str, key: Key, known: Known, selection: AdapterSelection
-    ) -> list[Snapshot] | None:
+    async def _asked_again(self, flight: Flight, source: str, key: Key, known: Known, selection: AdapterSelection) -> list[Snapshot] | None:
         """The source's snapshots if they are of other versions than what is known; None if that may be used. While the source is away it
         may, for an hour: what is in memory and on disk here needs no source. A source that says no is believed."""
         age_s = time.monotonic() - known.checked_at
@@ -206,7 +206,7 @@ class AdapterResolver:
         return None
 
     async def _in_time(
-        self, flight: _Flight, source: str, work: Work, run: Callable[[], Result],
+        self, flight: Flight, source: str, work: Work, run: Callable[[], Result],
         take_late: Callable[[asyncio.Future[Result]], None] = lambda asked: None,
     ) -> Result | None:  # fmt: skip
         """As `_in_thread`, for short work on what is known: None if it takes long, or other such work does already."""

@@ -1,12 +1,15 @@
-"""What is remembered of adapters that were resolved, by what was asked for. Owns the memory; api.adapters decides what it is good for."""
+"""What is remembered of adapters that were resolved or are being resolved. Owns the memory; api.adapters decides what it is good for."""
 
+import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from server.api.packing import Packed
+from server.api.selection import ResolvedAdapter
 from server.sources import Snapshot
 from server.types import AdapterRef
 
@@ -38,6 +41,16 @@ class Known:
 def version_of(snapshots: Sequence[Snapshot]) -> tuple[str, ...]:
     """Of all that a selection names."""
     return tuple(snapshot.version for snapshot in snapshots)
+
+
+class Flight:
+    """A resolution under way, and for how many."""
+
+    def __init__(self) -> None:
+        self.task: asyncio.Task[ResolvedAdapter]
+        self.job: Future[Any] | None = None  # what it waits for in a thread
+        self.was_asked = False  # it has begun to ask the source
+        self.num_waiting = 0
 
 
 class KnownAdapters:

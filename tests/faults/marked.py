@@ -61,7 +61,7 @@ class MarkedServer:
 
     def __init__(self, work: Path, **settings: Any) -> None:
         self.adapters_dir, self.store_dir = work / "adapters", work / "store"
-        self.store_dir.mkdir()
+        self.store_dir.mkdir(parents=True)
         for mark in range(NUM_ADAPTERS):
             write_marked(self.adapters_dir / f"a-{mark}", mark)
         model, environment = write_model(work, MODEL), {"MANYLORA_ADMIN_KEY": ADMIN_KEY}

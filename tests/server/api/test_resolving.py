@@ -94,6 +94,28 @@ async def test_a_known_adapter_waits_for_no_cold_one(tmp_path: Path, resolver: A
     assert all(isinstance(error, AdapterNotFound) for error in await asyncio.gather(*cold, return_exceptions=True))
 
 
+async def test_who_joins_a_flight_after_the_adapter_was_replaced_gets_the_new_one(
+    tmp_path: Path, resolver: AdapterResolver, sources: Gate
+) -> None:
+    write_adapter(tmp_path / "adapters/one", seed=1)
+    before = (await resolver.resolve(pick("one"), layout(100))).ref
+    looked, go_on = threading.Event(), threading.Event()
+
+    def hold(snapshot):
+        looked.set()
+        go_on.wait(20)
+        return snapshot
+
+    sources.change = hold
+    early = asyncio.create_task(resolver.resolve(pick("one"), layout(100)))
+    assert await asyncio.to_thread(looked.wait, 20)  # it has seen the old files
+    write_adapter(tmp_path / "adapters/one", seed=2)
+    late = asyncio.create_task(resolver.resolve(pick("one"), layout(100)))
+    await asyncio.sleep(0)
+    go_on.set()
+    assert (await early).ref == before != (await late).ref
+
+
 async def test_what_nobody_waits_for_any_more_is_not_begun(tmp_path: Path, resolver: AdapterResolver, sources: Gate) -> None:
     write_adapter(tmp_path / "adapters/new")
     cold = [asyncio.create_task(resolver.resolve(pick(f"cold{n}"), layout(100))) for n in range(40)]
@@ -131,19 +153,20 @@ async def test_a_tokenizer_replaced_while_it_is_read_is_not_kept(
         write_template(write_adapter(tmp_path / "adapters" / name, seed=n), "right")
     real = adapter_tokenizers.load_adapter_tokenizer
 
-    def replaced(folder: Path, *arguments, **options):
-        write_template(folder, "wrong")
+    def always(folder: Path, *arguments, **options):
+        write_template(folder, f"wrong {time.monotonic_ns()}")
         return real(folder, *arguments, **options)
 
-    def removed(folder: Path, *arguments, **options):
-        (folder / "chat_template.jinja").unlink()
-        return real(folder, *arguments, **options)
-
-    for name, load in (("one", replaced), ("two", removed)):
-        monkeypatch.setattr(adapter_tokenizers, "load_adapter_tokenizer", load)
-        with pytest.raises(SourceChanged, match=f"'{name}' changed"):
-            await resolver.resolve(pick(name), layout(base.num_ids))
+    def once(folder: Path, *arguments, **options):
         monkeypatch.setattr(adapter_tokenizers, "load_adapter_tokenizer", real)
+        write_template(folder, "newer")
+        return real(folder, *arguments, **options)
+
+    monkeypatch.setattr(adapter_tokenizers, "load_adapter_tokenizer", always)
+    with pytest.raises(SourceChanged, match="'one' changed"):
+        await resolver.resolve(pick("one"), layout(base.num_ids))
+    monkeypatch.setattr(adapter_tokenizers, "load_adapter_tokenizer", once)
+    assert (await resolver.resolve(pick("two"), layout(base.num_ids))).tokenizer.chat_template == "newer"
     assert (await resolver.resolve(pick("three"), layout(base.num_ids))).tokenizer.chat_template == "right"
 
 
