@@ -2,11 +2,13 @@
 
 import threading
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 
 from server.errors import AdapterRefused, SourceUnavailable
+from server.memory.readers import Readers
 from server.memory.tier import Carrier
 from server.memory.tiers import AdapterTiers
 from server.types import AdapterRef
@@ -323,7 +325,7 @@ def test_reads_that_hang_are_given_up_and_hold_up_nobody_else():
 
     carrier = Carrier(read, lambda host: host)
     carrier.leave_host = dropped.append
-    tiers = AdapterTiers(carrier, 100, 50, read_timeout_s=1.0)
+    tiers = AdapterTiers(carrier, 100, 50, readers=partial(Readers, drop=carrier.leave_host, timeout_s=1.0))
     try:
         for name in ("hangs-1", "hangs-2", "a", "b"):
             tiers.want(AdapterRef(name, "/p", name))
