@@ -40,8 +40,7 @@ Stamps = Callable[[str, Sequence[str]], tuple[int, ...]]
 _REMEMBER_FAILURE_S = 1.0
 _PATIENCE_S = 2.0  # with a source that is asked whether what is known still holds
 _MAX_STALE_S = 3600.0  # what a source that is away said last is believed for so long
-_SAY_STALE_S = 60.0
-_NUM_ATTEMPTS = 3  # when the source changes under our hands
+_SAY_STALE_S, _NUM_ATTEMPTS = 60.0, 3  # attempts: when the source changes under our hands
 
 
 class AdapterResolver:
@@ -234,7 +233,7 @@ class AdapterResolver:
             log.warning("source %r is away (%s): adapters that are here are used as they were", source, why)
 
     def _make(self, name: str, selection: AdapterSelection, snapshots: Sequence[Snapshot], layout: BaseLayout) -> Packed:
-        """Fetched and packed; from new snapshots if the source changes meanwhile: who joined this flight may have come after that."""
+        """Fetched and packed; from new snapshots if the source changes meanwhile."""
         for num_left in reversed(range(_NUM_ATTEMPTS)):
             try:
                 return self._packer.make(self._sources.get(name), selection, snapshots, layout)
