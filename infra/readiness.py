@@ -16,9 +16,9 @@ from typing import Any
 
 from infra.config import ConfigError, KitConfig
 from infra.image import baked_parameter, parent_parameter
-from infra.instances import INSTANCES
 from infra.model import EMBEDDED_DIR
 from infra.push_model import PushRefused, find_bucket
+from sizing.instances import INSTANCES
 
 ROOT = Path(__file__).resolve().parent.parent
 # Quotas of EC2, in vCPUs of all running instances of the families G and VT (docs.aws.amazon.com/ec2, "On-Demand Instance quotas").
