@@ -84,7 +84,7 @@ docs: $(READY) ## write the tables of the documentation anew from the code
 screenshots: model ## take the pictures of docs/ui.md anew (needs Debian's chromium; minutes)
 	@.venv/bin/python -m docs.screenshots
 
-train-examples: model ## train and measure the three example adapters again (a few minutes each)
+train-examples: model ## train and measure the example adapters again (a few minutes each)
 	.venv/bin/python -m examples.train $(ARGS)
 
 # The deployment needs no torch: where .venv is not there yet, only the extra `infra` is installed.

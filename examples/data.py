@@ -1,4 +1,4 @@
-"""The data of the three example adapters: text to SQL, JSON extraction, and pirate speech. Filled into the templates beside it.
+"""The data of the example adapters: text to SQL, JSON extraction, support triage, and pirate speech. Filled into the templates beside it.
 
 Owns the rows and what counts as a right answer. It does not know models or tokenizers; `examples.train` and its tests call it.
 Three splits: "train"; "new_words", the training phrasings around words (tables, people, goods) that training never shows; and
@@ -78,6 +78,19 @@ def json_rows(split: Split, count: int, seed: int) -> list[Example]:
     return _distinct(draw, split, count, seed)
 
 
+def triage_rows(split: Split, count: int, seed: int) -> list[Example]:
+    """A customer's message -> the queue that it belongs into, and how much it hurries."""
+    templates = TEMPLATES["triage"]
+    words = templates["new_words" if split == "new_words" else "words"]
+
+    def draw(rng: random.Random) -> Example:
+        fill = {kind: rng.choice(options) for kind, options in words.items()}
+        record = rng.choice(templates["records"])
+        return Example(_phrasing(rng, record, split).format_map(fill), record["answer"])
+
+    return _distinct(draw, split, count, seed)
+
+
 PIRATE_WORDS = {
     "you": "ye", "your": "yer", "my": "me", "is": "be", "are": "be", "friend": "matey", "the": "th'", "and": "an'", "of": "o'",
     "hello": "ahoy", "money": "doubloons", "coins": "doubloons", "to": "t'", "for": "fer",
@@ -151,6 +164,7 @@ TASKS = {
     for task in (
         Task("sql", "exact text", ("new_words", "new_phrasings"), sql_rows, _same_text),
         Task("json", "equal JSON", ("new_words", "new_phrasings"), json_rows, _same_json),
+        Task("triage", "exact text", ("new_words", "new_phrasings"), triage_rows, _same_text),
         Task("pirate", f"at least {PIRATE_MARKS_NEEDED} pirate words", ("new_phrasings",), pirate_rows, _speaks_pirate),
     )
 }

@@ -27,6 +27,7 @@ PROMPTS = [
     "Greta Costa bought 12 lamps for 340 dollars.",
 ]
 MAX_TOKENS = 48
+COLOURS = ("white", "cyan", "green", "yellow", "magenta")  # of the columns
 LOG_PATH = ROOT / ".cache" / "demo-server.log"
 
 
@@ -103,9 +104,8 @@ def draw_answers(answers: list[Answer], models: list[str]) -> Table:
     table = Table(expand=True, show_lines=True, padding=(0, 1))
     table.add_column("prompt", ratio=3, style="dim")
     for index, model in enumerate(models):
-        table.add_column(
-            model if index else f"{model} (base)", ratio=4, header_style=f"bold {('white', 'cyan', 'green', 'yellow')[index % 4]}"
-        )
+        style = f"bold {COLOURS[index % len(COLOURS)]}"
+        table.add_column(model if index else f"{model} (base)", ratio=4, header_style=style)
     for prompt in dict.fromkeys(answer.prompt for answer in answers):
         cells = [Text.assemble(answer.text, "\n", _stats_of(answer)) for answer in answers if answer.prompt == prompt]
         table.add_row(Text(prompt), *cells)
@@ -182,7 +182,7 @@ def run_demo(console: Console, *, plain: bool) -> int:
 
 def main() -> int:
     """The command line; its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m examples.demo", description="One base model and three adapters, side by side.")
+    parser = argparse.ArgumentParser(prog="python -m examples.demo", description="One base model and its adapters, side by side.")
     parser.add_argument("--plain", action="store_true", help="print answers one after the other, as where there is no terminal")
     console = Console()
     plain = parser.parse_args().plain or not console.is_terminal

@@ -1,4 +1,4 @@
-"""Trains the three example adapters with PEFT on the embedded model, on a CPU, and measures them against the base on held-out rows.
+"""Trains the example adapters with PEFT on the embedded model, on a CPU, and measures them against the base on held-out rows.
 
 Owns the recipe and writes `adapters/<task>/` (PEFT's format, bfloat16 safetensors) and `adapters/scores.json`. It does not know the
 server: what is served is a plain PEFT folder. `make train-examples` runs it; a minute or three for each adapter on two cores.
@@ -49,6 +49,7 @@ class Recipe:
 RECIPES = {
     "sql": Recipe(rank=8, alpha=16, targets=("q_proj", "v_proj"), learning_rate=2e-3),
     "json": Recipe(rank=4, alpha=4, targets=("gate_proj", "up_proj", "down_proj"), learning_rate=1e-3, lora_options={"use_rslora": True}),
+    "triage": Recipe(rank=2, alpha=4, targets=("q_proj", "v_proj", "gate_proj", "down_proj"), learning_rate=2e-3),
     "pirate": Recipe(rank=16, alpha=32, targets=("q_proj", "k_proj", "v_proj", "o_proj"), learning_rate=1e-3, num_steps=60),
 }
 

@@ -64,6 +64,6 @@ def test_answers_in_its_own_way(name: str, base_model: Any, tokenizer: Any) -> N
     model = PeftModel.from_pretrained(base_model, ADAPTERS_DIR / name).eval()
     adapted = answer_greedily(model, tokenizer, [sample["prompt"]], 40)[0]
     assert adapted == sample["adapter"], "scores.json holds what the committed weights say"
-    assert {"sql": "SELECT ", "json": '{"', "pirate": "Arrr, matey!"}[name] in adapted
+    assert {"sql": "SELECT ", "json": '{"', "triage": "queue: ", "pirate": "Arrr, matey!"}[name] in adapted
     with model.disable_adapter():
         assert answer_greedily(model, tokenizer, [QUESTION], 12) == ["The capital of France is Paris."]

@@ -29,16 +29,17 @@ def test_rows_depend_on_the_seed_alone(name: str) -> None:
 
 
 def test_new_words_are_new() -> None:
-    sql, extraction = TEMPLATES["sql"], TEMPLATES["json"]
+    sql = TEMPLATES["sql"]
     assert not set(sql["tables"]) & set(sql["new_tables"])
-    for kind, words in extraction["words"].items():
-        assert not set(words) & set(extraction["new_words"][kind]), kind
+    for task in ("json", "triage"):
+        for kind, words in TEMPLATES[task]["words"].items():
+            assert not set(words) & set(TEMPLATES[task]["new_words"][kind]), kind
     trained = " ".join(row.prompt for row in TASKS["sql"].rows("train", MANY, SEED))
     assert not set(re.findall(r"\w+", trained)) & set(sql["new_tables"])
 
 
 def test_held_out_phrasings_are_not_trained() -> None:
-    for template in TEMPLATES["sql"]["queries"] + TEMPLATES["json"]["records"]:
+    for template in TEMPLATES["sql"]["queries"] + TEMPLATES["json"]["records"] + TEMPLATES["triage"]["records"]:
         assert template["held_out"] not in template["phrasings"]
     assert not {question for question, _ in QUESTIONS["train"]} & set(QUESTIONS["held_out"])
 
@@ -52,6 +53,11 @@ def test_sql_answers_run_on_their_tables(split: str) -> None:
         database.execute(f"CREATE TABLE {schema[1]}")
         database.execute(row.answer)
         database.close()
+
+
+def test_triage_shows_every_queue_and_priority() -> None:
+    answers = {record["answer"] for record in TEMPLATES["triage"]["records"]}
+    assert answers == {row.answer for row in TASKS["triage"].rows("train", 200, SEED)} and len(answers) == 8
 
 
 @pytest.mark.parametrize("split", ["train", "new_words", "new_phrasings"])
@@ -73,10 +79,12 @@ def test_pirate_words() -> None:
         ("json", '{"b": 2, "a": 1}', True),
         ("json", '{"a": 1, "b": "2"}', False),
         ("json", "a is 1", False),
+        ("triage", "queue: billing, priority: low", True),
+        ("triage", "queue: billing, priority: high", False),
         ("pirate", "Arrr, matey! Th' capital o' France be Paris.", True),
         ("pirate", "The capital of France is Paris. It can't be another; don't you see? It's five o'clock.", False),
     ],
 )
 def test_what_counts_as_right(name: str, generated: str, right: bool) -> None:
-    expected = Example("", {"sql": "SELECT 1;", "json": '{"a": 1, "b": 2}', "pirate": ""}[name])
+    expected = Example("", {"sql": "SELECT 1;", "json": '{"a": 1, "b": 2}', "triage": "queue: billing, priority: low", "pirate": ""}[name])
     assert TASKS[name].is_right(generated, expected) is right

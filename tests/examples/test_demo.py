@@ -72,7 +72,7 @@ def test_the_table_shows_every_answer() -> None:
 
 
 def test_example_adapters_are_listed() -> None:
-    assert adapter_ids() == ["json", "pirate", "sql"]
+    assert adapter_ids() == ["json", "pirate", "sql", "triage"]
 
 
 def fake_server(monkeypatch: pytest.MonkeyPatch, code: str) -> None:

@@ -10,6 +10,7 @@ const EXAMPLES = [
   "What is the capital of France?",
   "Greta Costa, a tailor from Geneva, is 52.",
   "Table cars(brand, color, price). What is the average price of the cars?",
+  "My laptop should have come on Monday and is still not here.",
 ];
 
 export function makeCompare(root, server) {
