@@ -40,8 +40,8 @@ def test_killed_at_any_moment(server: MarkedServer, moment: str) -> None:
     before = {adapter: server.ask(adapter) for adapter in (None, 0, 1)}
     if moment == "idle":
         streams, condition = [], lambda: True
-    elif moment == "prompts":  # a prompt of thirty steps
-        streams = [server.stream(adapter, 10, [3 + n % 90 for n in range(1900)]) for adapter in (None, 1)]
+    elif moment == "prompts":  # 140 steps of prompts, and answers that would take far longer than the kill
+        streams = [server.stream(adapter, LONG, [3 + n % 90 for n in range(1100)]) for adapter in (None, 1) * 4]
         steps = server.metric("manylora_engine_steps_total")
         condition = lambda: server.metric("manylora_engine_steps_total") > steps  # noqa: E731
     else:
