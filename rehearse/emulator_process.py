@@ -17,6 +17,7 @@ from typing import Any
 
 from rehearse.emulator.names import REGION
 from rehearse.errors import CannotRun, Differs
+from rehearse.interrupts import held
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = ROOT / ".venv-rehearse" / "bin" / "python"
@@ -63,17 +64,20 @@ class Emulator:
         flags = {"port": self.port, "https-port": self.https_port, "certificate": self.certificate, "key": self._key, "state": self.state}
         command = [str(PYTHON), "-m", "rehearse.emulator", *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-        with self.log.open("wb") as log:
-            environment |= {"TMPDIR": str(self.state), "PYTHONDONTWRITEBYTECODE": "1"}
-            self._process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
-            )
-        deadline = time.monotonic() + _START_S
-        while not _answers(self.port) or not _answers(self.https_port):
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                self.__exit__()
-                raise Differs(f"the emulator did not start: {self.log.read_text(errors='replace')[-2000:]}")
-            time.sleep(0.1)
+        environment |= {"TMPDIR": str(self.state), "PYTHONDONTWRITEBYTECODE": "1"}
+        try:
+            with self.log.open("wb") as log, held():
+                self._process = subprocess.Popen(
+                    command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+                )
+            deadline = time.monotonic() + _START_S
+            while not _answers(self.port) or not _answers(self.https_port):
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    raise Differs(f"the emulator did not start: {self.log.read_text(errors='replace')[-2000:]}")
+                time.sleep(0.1)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def inventory(self, name: str) -> dict[str, list[str]]:
