@@ -1,8 +1,9 @@
 """What the grouped LoRA kernels do, in Triton: shrink (h = x A^T) and expand (y = gain y + scale h B + bias), one launch each a group.
 
-Decode is bytes, not arithmetic: only live ranks are read, each once a tile, and rows of the base cost nothing. K is cut into `split_k`
-parts whose partial sums are planes of a scratch that expand adds up as it loads: no zeroing, no atomics, the same bits every time. The
-grid follows from the buffers' capacity alone and every program walks the live tiles: a captured graph may be replayed with any tiles.
+Decode is bytes, not arithmetic: only live ranks are read, each once a tile; rows of the base are in no tile, or in ZERO tiles, which read
+no factors. K is cut into `split_k` parts whose partial sums are planes of a scratch that expand adds up as it loads: no zeroing, no
+atomics, the same bits every time. The grid follows from the buffers' capacity alone and every program walks the live tiles: a captured
+graph may be replayed with any tiles.
 grouped.py says what is computed, grouped_kernels.py launches it.
 """
 
