@@ -1,9 +1,10 @@
 """Which sequences get how many tokens in the next step. Host bookkeeping alone: no torch, no sockets, no clock but for waiting times.
 
-One budget of tokens a step holds decode rows and prefill chunks together (vLLM v1's `{request: tokens}`). Decode rows come first, so a long
-prompt never delays them. Who starts next is the waiting queue's to say (engine.fairness). Two resources are admitted together: KV blocks,
-over-committed and won back by preempting the youngest, which is computed again later; and adapters, pinned on the device while a sequence
-runs. The youngest is who started last: with another order a tenant that is next by right would be the first to be preempted.
+One budget of tokens a step holds decode rows and prefill chunks together (vLLM v1's `{request: tokens}`). Decode rows come first, and
+beside them prompts have a share of the step that follows from how many wait (`_prompt_budget`), so a long prompt never delays them for
+long. Who starts next is the waiting queue's to say (engine.fairness). Two resources are admitted together: KV blocks, over-committed and
+won back by preempting the youngest, which is computed again later; and adapters, pinned on the device while a sequence runs. The youngest
+is who started last: with another order a tenant that is next by right would be the first to be preempted.
 """
 
 import logging
@@ -26,6 +27,9 @@ from server.types import EngineRequest
 log = logging.getLogger(__name__)
 
 NOT_HERE = ("absent", "loading", "copying")  # states of an adapter whose arrival the tiers will tell
+# Prompt tokens that a step has beside rows that decode: so many at least, else a share of all that wait. Every decoding row waits for them.
+# (Mistral-7B on an H100: a step of 60 rows takes 7.8 ms, with 256 prompt tokens beside them 10.9, with 512 16.6, with 768 24.3.)
+MIN_PROMPT_TOKENS, BACKLOG_SHARE = 512, 2
 
 
 class Scheduler:
@@ -68,6 +72,7 @@ class Scheduler:
         self._sequences: dict[str, Sequence] = {}
         self._failed: list[tuple[Sequence, Exception]] = []
         self._next_order = self._next_start = 0
+        self._num_unstarted = 0  # prompt tokens of sequences that have not had a step yet
         self.num_preemptions = 0
         self.num_cached_tokens = 0
 
@@ -100,6 +105,7 @@ class Scheduler:
         self.queue.join(sequence)
         self._waits.watch(sequence)
         self._next_order += 1
+        self._num_unstarted += sequence.prompt_len
         self._sequences[request.request_id] = sequence
         if request.adapter is not None:
             self.tiers.want(request.adapter)
@@ -112,6 +118,8 @@ class Scheduler:
             return None
         self.queue.leave(sequence)
         self._waits.ended(sequence)
+        if sequence.start_order is None:
+            self._num_unstarted -= sequence.prompt_len
         if sequence in self.running:
             self._stop_running(sequence)
         parked = self._parked.get(sequence.adapter_hash)
@@ -155,6 +163,7 @@ class Scheduler:
             elif budget > 0 and (num_tokens <= sequence.num_places or (sequence.blocks and self._grow(sequence, 1, chunks))):
                 chunks.append(Chunk(sequence, 1, True))
                 budget -= 1
+        budget = min(budget, self._prompt_budget(prompts)) if chunks else budget
         for sequence in prompts:
             num_tokens = min(longest_chunk(sequence), budget)
             # One that was preempted for another of this step holds no blocks any more, and waits.
@@ -183,6 +192,11 @@ class Scheduler:
     def holds(self, sequence: Sequence) -> bool:
         """Whether this very sequence is queued or running."""
         return self._sequences.get(sequence.request.request_id) is sequence
+
+    def _prompt_budget(self, prompts: list[Sequence]) -> int:
+        """Prompt tokens of a step in which rows decode. Few are waiting: their first token can come a step later than it might. Many are:
+        larger steps get through them sooner."""
+        return max(MIN_PROMPT_TOKENS, (self._num_unstarted + sum(sequence.num_pending for sequence in prompts)) // BACKLOG_SHARE)
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         self.remove(sequence.request.request_id)
@@ -265,6 +279,7 @@ class Scheduler:
         if sequence.start_order is None:
             sequence.start_order = self._next_start
             self._next_start += 1
+            self._num_unstarted -= sequence.prompt_len
             sequence.started_at = self._clock()
             sequence.num_cached = sequence.num_charged = sequence.num_computed
             self.num_cached_tokens += sequence.num_computed

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from server.engine.scheduler import Scheduler
+from server.engine.scheduler import BACKLOG_SHARE, MIN_PROMPT_TOKENS, Scheduler
 from server.memory.blocks import BlockPool
 from server.memory.tier import Carrier
 from server.memory.tiers import AdapterTiers
@@ -49,6 +49,30 @@ def test_decode_rows_come_before_a_long_prompt():
     scheduler.add(request("long", prompt_len=30, offset=3))
     assert step(scheduler) == {"a": 1, "long": 7}
     assert step(scheduler) == {"a": 1, "long": 7}
+
+
+def test_beside_rows_that_decode_prompts_have_a_share_of_what_waits():
+    scheduler = make(num_blocks=20000, max_batch_tokens=4096, max_batch_size=64, max_sequence_len=20000, prefix_caching=False)
+    scheduler.add(request("alone", prompt_len=3000, max_new=50))
+    assert step(scheduler) == {"alone": 3000}  # nobody decodes: nobody would be delayed
+    scheduler.add(request("short", prompt_len=1000))
+    assert step(scheduler) == {"alone": 1, "short": MIN_PROMPT_TOKENS}
+    assert step(scheduler) == {"alone": 1, "short": 1000 - MIN_PROMPT_TOKENS}
+    scheduler.add(request("long", prompt_len=16000))
+    seen, left = [], 16000
+    while left:
+        chunks = step(scheduler)
+        seen.append(chunks.pop("long"))
+        assert chunks and seen[-1] == min(left, 4096 - len(chunks), max(MIN_PROMPT_TOKENS, left // BACKLOG_SHARE))
+        left -= seen[-1]
+    assert seen[0] > 4000 and seen[-2] == MIN_PROMPT_TOKENS
+    for i in range(60):  # most of them have no row yet: what waits counts as a whole
+        scheduler.add(request(f"{i}", prompt_len=1000, offset=i))
+    assert sum(step(scheduler).values()) == 4096
+    for i in range(60):
+        scheduler.remove(f"{i}")
+    scheduler.add(request("one more", prompt_len=1000))
+    assert step(scheduler)["one more"] == MIN_PROMPT_TOKENS
 
 
 def test_a_batch_never_exceeds_its_bounds_and_everybody_finishes():
