@@ -24,6 +24,26 @@ def _place(arena, base, offset, ALIGNED: tl.constexpr):
     return arena + at
 
 
+@triton.jit
+def _shrink_ranks(
+    x, a, at, rows, live, r0, num_ranks, k_start, x_stride,
+    K: tl.constexpr, PART: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_R ranks from r0 on, over a part of K, for the rows of one tile; `at`: each row's place in the part's plane."""
+    r = r0 + tl.arange(0, BLOCK_R)
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for k0 in range(0, PART, BLOCK_K):
+        k = k_start + k0 + tl.arange(0, BLOCK_K)
+        x_mask, a_mask = live[:, None], (r < num_ranks)[:, None]
+        if not EVEN:  # some part reaches beyond K
+            x_mask, a_mask = x_mask & (k < K)[None, :], a_mask & (k < K)[None, :]
+        x_tile = tl.load(x + rows[:, None] * x_stride + k[None, :], mask=x_mask, other=0.0)
+        a_tile = tl.load(a + r.to(tl.int64)[:, None] * K + k[None, :], mask=a_mask, other=0.0)
+        acc = tl.dot(x_tile.to(DOT), tl.trans(a_tile.to(DOT)), acc, input_precision="ieee")
+    tl.store(at[:, None] + r[None, :], acc, mask=live[:, None] & (r < num_ranks)[None, :])
+
+
 @triton.jit(do_not_specialize=["group", "num_tiles", "num_rows"])
 def shrink_kernel(
     x, arena, planes, tile_base, tile_start, tile_len, row_ids, group, num_tiles, num_rows, x_stride,
@@ -47,19 +67,12 @@ def shrink_kernel(
         live = m < tl.load(tile_len + tile)
         positions = tl.load(tile_start + tile) + m
         rows = tl.load(row_ids + positions, mask=live, other=0).to(tl.int64)
-        for r0 in range(0, num_ranks, BLOCK_R):
-            r = r0 + tl.arange(0, BLOCK_R)
-            acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-            for k0 in range(0, PART, BLOCK_K):
-                k = part * PART + k0 + tl.arange(0, BLOCK_K)
-                x_mask, a_mask = live[:, None], (r < num_ranks)[:, None]
-                if not EVEN:
-                    x_mask, a_mask = x_mask & (k < K)[None, :], a_mask & (k < K)[None, :]
-                x_tile = tl.load(x + rows[:, None] * x_stride + k[None, :], mask=x_mask, other=0.0)
-                a_tile = tl.load(a + r.to(tl.int64)[:, None] * K + k[None, :], mask=a_mask, other=0.0)
-                acc = tl.dot(x_tile.to(DOT), tl.trans(a_tile.to(DOT)), acc, input_precision="ieee")
-            at = (part.to(tl.int64) * num_rows + positions[:, None]) * RANK_CAP + r[None, :]
-            tl.store(planes + at, acc, mask=live[:, None] & (r < num_ranks)[None, :])
+        at = planes + (part.to(tl.int64) * num_rows + positions) * RANK_CAP
+        if (BLOCK_R > 16) & (num_ranks <= 16):  # a small adapter: no registers and products for ranks that are not there
+            _shrink_ranks(x, a, at, rows, live, 0, num_ranks, part * PART, x_stride, K, PART, EVEN, BLOCK_M, BLOCK_K, 16, DOT)
+        else:
+            for r0 in range(0, num_ranks, BLOCK_R):
+                _shrink_ranks(x, a, at, rows, live, r0, num_ranks, part * PART, x_stride, K, PART, EVEN, BLOCK_M, BLOCK_K, BLOCK_R, DOT)
         item += tl.num_programs(0)
         base = tl.load(tile_base + item // SPLIT, mask=item < num_tiles * SPLIT, other=-1)
 
