@@ -56,7 +56,7 @@ def choose_backends(base: BaseModel, options: EngineOptions) -> Backends:
     compiled = on_gpu and kernels == "triton" if options.compile_layers is None else options.compile_layers
     if compiled and kernels != "triton":
         raise ValueError("compile_layers needs kernels 'triton': what is compiled calls them as operators")
-    if compiled and not base.layers:
+    if compiled and not len(base.layers):
         log.warning("the decoder's layers are not in a ModuleList; they are not compiled")
         compiled = False
     graphs = flashinfer if options.cuda_graphs is None else options.cuda_graphs

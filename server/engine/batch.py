@@ -4,7 +4,7 @@ Rows of decoding sequences come first, then prompts' chunks; within both, adapte
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -38,6 +38,16 @@ class Batch:
         """A number of each chunk, for each of its rows: int64 [tokens]."""
         values = np.fromiter((of_chunk(chunk) for chunk in self.chunks), np.int64, len(self.chunks))
         return values if self.is_decode else np.repeat(values, [chunk.num_tokens for chunk in self.chunks])
+
+    @property
+    def head_spans(self) -> list[SequenceSpan]:
+        """The head rows by sequence, as rows of a batch of their own: the last ones of each sequence's."""
+        spans, row = [], 0
+        for span, count in zip(self.spans, self.head_counts, strict=True):
+            if count:
+                spans.append(replace(span, start=row, num_tokens=count))
+                row += count
+        return spans
 
     def unknown_rows(self, drawn_row: dict[Sequence, int]) -> np.ndarray | None:
         """For each row the row of the launch before that draws its token, -1 if it is known: int64 [tokens]; None if all are known."""

@@ -7,7 +7,8 @@ graph depends on what there was at its capture: tables and tiles are read from t
 
 import logging
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from contextlib import nullcontext
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +21,15 @@ from server.model.flashinfer import FlashInferAttention
 
 log = logging.getLogger(__name__)
 
-Variant = Literal["base", "adapters", "gains"]  # of a step: no adapters; some; some that scale the base's products (DoRA)
 MAX_MIXED_ROWS = 2048  # beyond, the device is busy for longer than the launches take
+
+
+class Variant(NamedTuple):
+    """What the adapters of a step do: bit s of `slots` for slot s of the layers (ForwardState.slots), 0 for the base alone.
+    `has_gains`: some scale the base's products (DoRA)."""
+
+    slots: int = 0
+    has_gains: bool = False
 
 
 class GraphSize(NamedTuple):
@@ -33,7 +41,7 @@ class GraphSize(NamedTuple):
 
 def decode_sizes(max_rows: int) -> list[GraphSize]:
     """Numbers of decode rows that are captured. Never one: a size of one is compiled by itself, and two cost the same."""
-    sizes = [2, 4, *range(8, min(max_rows, 64) + 1, 8), *range(80, max_rows + 1, 16)]
+    sizes = [2, 4, *range(8, min(max_rows, 64) + 1, 8), *range(96, max_rows + 1, 32)]
     return [GraphSize(size) for size in sorted({*(size for size in sizes if size < max_rows), max(2, max_rows)})]
 
 
@@ -80,9 +88,17 @@ class _Buffers:
         self.long.copy_(long, non_blocking=True)
 
 
+def variants_of(num_slots: int) -> list[Variant]:
+    """The variants that are captured, each before those that could stand in for it. A slot that no adapter of a step touches costs a
+    product, noughts and their sum: so the first one alone, the attention's input, where most small adapters are, is a variant."""
+    every = (1 << num_slots) - 1
+    return list(dict.fromkeys([Variant(), Variant(1 & every), Variant(every), Variant(every, has_gains=True)]))
+
+
 class StepGraphs:
     """The captured steps of a model."""
 
+    @torch.inference_mode()  # what is compiled for the inner layers' inputs is then right for the first one's too
     def __init__(self, base: BaseModel, tiling: Tiling, max_sequences: int, max_rows: int) -> None:
         """Decode steps of up to `max_sequences` rows; others of up to `max_rows` rows and as many sequences."""
         self._base, self._tiling, self._attention = base, tiling, base.attention
@@ -95,16 +111,18 @@ class StepGraphs:
         self._hidden = torch.zeros_like(self._embeddings)
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[tuple[GraphSize, Variant], torch.cuda.CUDAGraph] = {}
+        self.variants = variants_of(len(base.state.slots))
         self.num_bytes = 0
 
-    def size_for(self, batch: Batch, variant: Variant) -> GraphSize | None:
-        """The size that a batch is replayed at; None if it has too many rows or sequences, or its variant is not captured."""
+    def find(self, batch: Batch, wanted: Variant) -> tuple[GraphSize, Variant] | None:
+        """The graph that a batch is replayed with; None if it has too many rows or sequences, or none does what its adapters do."""
         if len(batch.chunks) > self._max_sequences:
             return None
+        variant = next(v for v in self.variants if v.has_gains == wanted.has_gains and not wanted.slots & ~v.slots)
         sizes = self.decode_sizes if batch.is_decode else self.mixed_sizes
         # As many sequences as rows is the most that a mixed size below `max_sequences` rows has; a batch never has more of them than rows.
         size = next((size for size in sizes if size.num_rows >= len(batch.ids)), None)
-        return size if (size, variant) in self._graphs else None
+        return (size, variant) if (size, variant) in self._graphs else None
 
     @torch.inference_mode()
     def capture(self, on_size: Callable[[int], None] = lambda size: None) -> None:
@@ -114,23 +132,23 @@ class StepGraphs:
         for size in reversed(self.sizes):
             on_size(size.num_rows)
             self._attention.prepare_graph(size.num_rows, size.num_sequences, self._buffers.slots[: size.num_rows])
-            # Deltas are computed beside the products, gains behind them: a graph of their own. Steps with prompts and gains run uncaptured.
-            for variant in ("base", "adapters") if size.num_sequences else ("base", "adapters", "gains"):
-                self._graphs[size, variant] = self._capture(size.num_rows, variant)
+            for variant in self.variants:
+                # Deltas are computed beside the products, gains behind them. Steps with prompts and gains run uncaptured.
+                if not (size.num_sequences and variant.has_gains):
+                    self._graphs[size, variant] = self._capture(size.num_rows, variant)
         self.num_bytes = free_before - torch.cuda.mem_get_info(self._base.device)[0]
         log.info("%d graphs of up to %d rows take %.2f GB", len(self._graphs), self.sizes[-1].num_rows, self.num_bytes / 1e9)
 
-    def replay(self, size: GraphSize, variant: Variant, batch: Batch, embeddings: torch.Tensor, bases: np.ndarray) -> torch.Tensor:
-        """Run a batch at a captured size: embeddings [rows, hidden] -> hidden states [rows, hidden], overwritten by the next replay.
-
-        bases int64 [rows]: where each row's adapter lies, -1 for the base."""
-        num_rows = len(batch.ids)
+    def replay(self, graph: tuple[GraphSize, Variant], batch: Batch, embeddings: torch.Tensor, bases: np.ndarray) -> torch.Tensor:
+        """Run a batch with the graph that was found for it: embeddings [rows, hidden] -> hidden states [rows, hidden], overwritten by the
+        next replay. bases int64 [rows]: where each row's adapter lies, -1 for the base."""
+        size, num_rows = graph[0], len(batch.ids)
         indices, copies = self._attention.plan_graph(batch.spans, size.num_rows, size.num_sequences)
         self._buffers.refresh(batch.positions, indices.slots, bases, self._tiling.block_m(size.num_rows))
         for source, target in copies:
             target.copy_(torch.from_numpy(source).pin_memory(), non_blocking=True)
         self._embeddings[:num_rows].copy_(embeddings)
-        self._graphs[size, variant].replay()
+        self._graphs[graph].replay()
         return self._hidden[:num_rows]
 
     def _capture(self, num_rows: int, variant: Variant) -> torch.cuda.CUDAGraph:
@@ -140,10 +158,16 @@ class StepGraphs:
             return self._base.decode(self._embeddings[rows], self._buffers.positions[rows])
 
         try:
-            state.tiles = self._tiles(num_rows) if variant != "base" else None
-            state.apart, state.has_gains = variant == "adapters", variant == "gains"
+            if variant.slots:
+                state.tiles, state.has_gains = self._tiles(num_rows), variant.has_gains
+                if not variant.has_gains:
+                    state.set_apart(variant.slots)
             with self._tiling.captured():
-                run()  # what is compiled, loaded or allocated at first use must be so before the capture
+                # What is compiled, loaded or allocated at first use must be so before the capture. What depends on the number of rows is
+                # alike in layers that are.
+                is_first = not any(captured == variant for _, captured in self._graphs)
+                with nullcontext() if is_first else self._base.layers.shortened():
+                    run()
                 torch.cuda.synchronize(self._base.device)
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=self._pool):

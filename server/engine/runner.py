@@ -21,6 +21,9 @@ from server.engine.tiling import Tiling
 from server.memory.tiers import AdapterTiers
 from server.model.base import BaseModel
 from server.model.forward import Segment
+from server.model.layers import Narrow
+
+MIN_NARROWED = 16  # rows that the last layer is spared at least, for what it costs to begin it twice
 
 
 class Launch:
@@ -100,23 +103,25 @@ class Runner:
     def _run(self, launch: Launch, batch: Batch, before: Launch | None, defers: bool, *, apart: bool = False) -> None:
         base, state = self.base, self.base.state
         variant = self._variant(batch)
-        graph = self.graphs.size_for(batch, variant) if self.graphs is not None and not apart else None
+        graph = self.graphs.find(batch, variant) if self.graphs is not None and not apart else None
         try:
             state.token_segments = self._segments(batch.chunks, [chunk.num_tokens for chunk in batch.chunks])
             state.head_segments = self._segments(batch.chunks, batch.head_counts)
             ids = self._ids(batch, before)  # [tokens]
             embeddings = base.embed(ids)  # [tokens, hidden]
             if graph is not None:
-                hidden = self.graphs.replay(graph, variant, batch, embeddings, self._bases(batch))  # [tokens, hidden]
+                hidden = self.graphs.replay(graph, batch, embeddings, self._bases(batch))  # [tokens, hidden]
             else:
                 if self.tiling is not None and not apart:
                     state.tiles = self.tiling.tiles_for(self._bases(batch))
-                    state.touched, state.has_gains = self._touched(batch), variant == "gains"
+                    state.touched, state.has_gains = self._touched(batch), variant.has_gains
                 base.attention.plan(batch.spans)
+                state.narrow = self._narrow(batch, apart=apart)
                 hidden = base.decode(embeddings, self._to_device(batch.positions))  # [tokens, hidden]
             if not len(batch.head_rows):
                 return
-            rows = hidden if len(batch.head_rows) == len(batch.ids) else hidden[self._to_device(batch.head_rows)]
+            is_narrow = state.narrow is not None or len(batch.head_rows) == len(batch.ids)
+            rows = hidden if is_narrow else hidden[self._to_device(batch.head_rows)]
             logits = base.head(rows)  # [head rows, vocabulary]
         finally:
             state.clear()
@@ -125,6 +130,21 @@ class Runner:
             launch.defer(sequences, draw_all(logits, sequences, self._vocab_sizes(sequences)))
         else:
             launch.keep(self._sample(batch, logits))
+
+    def _narrow(self, batch: Batch, *, apart: bool) -> Narrow | None:
+        """The batch's head rows for its last layer; None where all rows go through it."""
+        num_rows = len(batch.head_rows)
+        if not self.base.layers.narrows or len(batch.ids) - num_rows < MIN_NARROWED or (num_rows == 1 and self.base.compiles):
+            return None  # compiled code takes a single row for a constant, and would be compiled anew for it
+        state, spans = self.base.state, batch.head_spans
+
+        def begin() -> None:
+            state.token_segments = state.head_segments
+            if self.tiling is not None and not apart:
+                state.tiles = self.tiling.tiles_for(self._bases(batch)[batch.head_rows])
+            self.base.attention.plan(spans, writes=False)
+
+        return Narrow(self._to_device(batch.head_rows), begin)
 
     def _ids(self, batch: Batch, before: Launch | None) -> torch.Tensor:
         unknown = None if before is None else batch.unknown_rows(before.drawn_row)
@@ -153,8 +173,9 @@ class Runner:
 
     def _variant(self, batch: Batch) -> Variant:
         if not batch.adapter_hashes:
-            return "base"
-        return "gains" if any(self.tiers.on_device(adapter_hash).has_gains for adapter_hash in batch.adapter_hashes) else "adapters"
+            return Variant()
+        has_gains = any(self.tiers.on_device(adapter_hash).has_gains for adapter_hash in batch.adapter_hashes)
+        return Variant(self.base.state.slots_touched(self._touched(batch)), has_gains)
 
     def _segments(self, chunks: list[Chunk], counts: list[int]) -> list[Segment]:
         segments: list[Segment] = []

@@ -1,7 +1,7 @@
 """Attention of a flattened ragged batch over a paged cache, as the one attention function that Hugging Face's modules call.
 
 Owns the keys and values of every layer and the per-step plan of who reads what. It does not know requests or adapters. Here is the plain
-torch path (SDPA over gathered pages); a faster backend implements the same three methods: `plan`, `run`, `num_bytes`.
+torch path (SDPA over gathered pages); a faster backend implements the same methods: `plan`, `run`, `write`, `num_bytes`.
 
 The registered function sees q, k, v after rotary embedding (transformers' AttentionInterface); masks are None because no mask function is
 registered under our name, so windows come from the call and causality from positions.
@@ -129,17 +129,17 @@ class PagedAttention:
         """Bytes of one block over all layers."""
         return sum(s.num_kv_heads * (s.key_dim + s.value_dim) for s in shapes) * block_size * dtype.itemsize
 
-    def plan(self, spans: list[SequenceSpan]) -> None:
-        """Take note of the step: where its keys go and who attends to what."""
+    def plan(self, spans: list[SequenceSpan], *, writes: bool = True) -> None:
+        """Take note of the step: where its keys go and who attends to what. Not `writes`: all of them are in the cache already."""
         size = self.block_size
         slots: list[int] = []
-        for span in spans:
+        for span in spans if writes else ():
             slots.extend(span.blocks[p // size] * size + p % size for p in range(span.context_len - span.num_tokens, span.context_len))
         self._slots = torch.tensor(slots, dtype=torch.long, device=self._device)
         # A sequence's last block is part filled; what its last owner left in the rest must not be read.
         self._fresh = [
             s.blocks[s.context_len // size]
-            for s in spans
+            for s in (spans if writes else ())
             if s.context_len % size and s.context_len // size * size >= s.context_len - s.num_tokens
         ]
         self._prefills = [
@@ -183,16 +183,8 @@ class PagedAttention:
     ) -> torch.Tensor:
         """query [tokens, heads, key_dim], key and value [tokens, kv_heads, dim] -> [tokens, heads, value_dim]."""
         keys, values, window = self.keys[layer], self.values[layer], self.shapes[layer].window
-        for block in self._fresh:
-            keys[block].zero_()
-            values[block].zero_()
-        if keys.is_contiguous():
-            keys.view(-1, *keys.shape[2:]).index_copy_(0, self._slots, key)
-            values.view(-1, *values.shape[2:]).index_copy_(0, self._slots, value)
-        else:
-            place = (self._slots // self.block_size, self._slots % self.block_size)
-            keys.index_put_(place, key)
-            values.index_put_(place, value)
+        if len(self._slots):
+            self.write(layer, key, value)
         out = query.new_empty(*query.shape[:2], values.shape[-1])  # [tokens, heads, value_dim]
         for bucket in self._buckets:
             k = self._gather("k", keys, bucket.tables, bucket.num_sequences)  # [n, len, kv_heads, dim]
@@ -218,6 +210,20 @@ class PagedAttention:
             o = attend(q, k, v, chunk.mask(window), scale, softcap, head_sinks)
             out[chunk.start : chunk.start + chunk.num_tokens] = o.flatten(0, 1).transpose(0, 1)
         return out
+
+    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """key and value [tokens, kv_heads, dim] into the cache, where the step's plan has their places."""
+        keys, values = self.keys[layer], self.values[layer]
+        for block in self._fresh:
+            keys[block].zero_()
+            values[block].zero_()
+        if keys.is_contiguous():
+            keys.view(-1, *keys.shape[2:]).index_copy_(0, self._slots, key)
+            values.view(-1, *values.shape[2:]).index_copy_(0, self._slots, value)
+        else:
+            place = (self._slots // self.block_size, self._slots % self.block_size)
+            keys.index_put_(place, key)
+            values.index_put_(place, value)
 
     def _gather(self, name: str, cache: torch.Tensor, table: torch.Tensor, num_sequences: int) -> torch.Tensor:
         num_values = table.numel() * cache[0].numel()

@@ -20,6 +20,7 @@ from server.model.adapter import AdapterPlacer, DeviceAdapter, HostAdapter
 from server.model.attention import AttentionShape, PagedAttention
 from server.model.flashinfer import FlashInferAttention
 from server.model.forward import ForwardState
+from server.model.layers import KeysWritten, Layers
 from server.model.linear import HeadGroup, SiteGroup, TileDeltas
 from server.model.overrides import EmbeddingSite, ReplacedModule
 from server.model.probe import LINEARS, Probe, describe_site, probe
@@ -94,6 +95,7 @@ class AttentionSeam:
 
     def call(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
         """q [tokens, heads, key_dim], k and v [tokens, kv_heads, dim] -> [tokens, heads, value_dim]."""
+        self._base.stop_at_keys(self._index, k, v)
         return self._base.attention.run(self._index, q, k, v, self._shape.scale, self._shape.softcap, sinks)
 
 
@@ -113,6 +115,8 @@ class BaseModel:
         found = probe(model, self.decoder, self.embedding_module, self.head_module)
         _check_windows(model.config, found)
         self._attention_layers = found.attention
+        self.layers = Layers(self._modules, [(self._names[id(module)], shape) for module, shape in found.attention], self.state)
+        self.compiles = False
         self._axes = found.axes
         self._replaced: dict[str, ReplacedModule] = {}
         self._replaces_apart = False
@@ -172,21 +176,9 @@ class BaseModel:
         for replaced in self._replaced.values():
             replaced.uninstall()
         self._replaces_apart = True
-        for layer in self.layers if compile_layers else ():
+        for layer in self.layers.modules if compile_layers else ():
             layer.compile(dynamic=True)
-
-    @property
-    def layers(self) -> list[nn.Module]:
-        """The decoder's layers: for each attention module the part of a ModuleList that it is in. Empty if they are not built so."""
-        found: dict[int, nn.Module] = {}
-        for module, _ in self._attention_layers:
-            path = self._names[id(module)].split(".")
-            for end in range(len(path), 0, -1):
-                if isinstance(self._modules.get(".".join(path[: end - 1])), nn.ModuleList):
-                    layer = self._modules[".".join(path[:end])]
-                    found[id(layer)] = layer
-                    break
-        return list(found.values())
+        self.compiles = compile_layers
 
     @contextmanager
     def replacements(self) -> Iterator[None]:
@@ -203,14 +195,21 @@ class BaseModel:
     def _attend(self, layer: int, window: int | None, q, k, v, scale, softcap, sinks, told_window):
         if told_window != window:
             raise RuntimeError(f"attention layer {layer} was probed with window {window} and is called with {told_window}")
+        self.stop_at_keys(layer, k, v)
         return self.attention.run(layer, q, k, v, scale, softcap, sinks)
+
+    def stop_at_keys(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """KeysWritten if the pass is to end once k and v [tokens, kv_heads, dim] of this layer are in the cache."""
+        if self.state.stops_at_keys:
+            self.attention.write(layer, k, v)
+            raise KeysWritten
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [tokens] -> [tokens, hidden]."""
         return self.embedding_module(ids[None])[0]
 
     def decode(self, embeddings: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """embeddings [tokens, hidden] at positions [tokens] -> hidden states [tokens, hidden]."""
+        """embeddings [tokens, hidden] at positions [tokens] -> hidden states [tokens, hidden], or [wanted, hidden] if the state narrows."""
         return self.decoder(inputs_embeds=embeddings[None], position_ids=positions[None], use_cache=False)[0][0]
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:

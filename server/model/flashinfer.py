@@ -228,18 +228,20 @@ class FlashInferAttention:
         self._slots = torch.empty(0, dtype=torch.int64, device=self.device)
 
     def pinned(self, key: _Kind, which: int) -> torch.Tensor:
-        """The planner's page-locked buffer. Two take turns: the copy of one step may still be queued while the next is planned."""
+        """The planner's page-locked buffer. Four take turns: the copies of one step, whose last layer may be planned by itself, may still
+        be queued while the next is planned."""
         if (key, which) not in self._pinned:
             self._pinned[key, which] = torch.empty_like(self.int_workspaces[key][1], pin_memory=True)
         return self._pinned[key, which]
 
-    def plan(self, spans: list[SequenceSpan]) -> None:
-        """Take note of a step that runs uncaptured."""
+    def plan(self, spans: list[SequenceSpan], *, writes: bool = True) -> None:
+        """Take note of a step that runs uncaptured. Not `writes`: all keys and values of the spans are in the cache already."""
         indices = index(spans, self.block_size, self.zero_block)
         sizes = [len(a) for a in (indices.qo_indptr, indices.kv_indptr, indices.last_page_lens, indices.pages)]
         packed = np.concatenate([indices.qo_indptr, indices.kv_indptr, indices.last_page_lens, indices.pages])
         parts = torch.from_numpy(packed).pin_memory().to(self.device, non_blocking=True).split(sizes)
-        self._slots = torch.from_numpy(indices.slots).pin_memory().to(self.device, non_blocking=True)
+        slots = indices.slots if writes else np.full_like(indices.slots, -1)
+        self._slots = torch.from_numpy(slots).pin_memory().to(self.device, non_blocking=True)
         self._active = self._eager
         self._turn()
         self._eager.plan(indices, self._pinned_set)
@@ -270,10 +272,14 @@ class FlashInferAttention:
 
     def run(self, layer: int, query, key, value, scale: float, softcap: float | None, sinks) -> torch.Tensor:
         """query [tokens, heads, dim], key and value [tokens, kv_heads, dim] -> [tokens, heads, dim]."""
-        self._write_kv(self.keys[layer], self.values[layer], self._slots, key, value)
+        self.write(layer, key, value)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         wrapper = self._active.wrappers[self._kind_of[layer]]
         return wrapper.run(query.contiguous(), (self.keys[layer], self.values[layer]), out=out)
 
+    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """key and value [tokens, kv_heads, dim] into the cache, where the step's plan has their places."""
+        self._write_kv(self.keys[layer], self.values[layer], self._slots, key, value)
+
     def _turn(self) -> None:
-        self._pinned_set = 1 - self._pinned_set
+        self._pinned_set = (self._pinned_set + 1) % 4

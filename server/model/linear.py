@@ -16,7 +16,7 @@ from torch import nn
 from server.kernels.grouped import GroupShape
 from server.kernels.lora import add_delta
 from server.model import operators
-from server.model.forward import ForwardState, Segment
+from server.model.forward import ForwardState, Segment, Slot
 from server.model.product import Product
 
 Compute = Callable[[], torch.Tensor]  # a group's product: [rows, sum of outs]
@@ -47,6 +47,7 @@ class SiteGroup:
         share_weight: bool = False,
     ) -> None:
         self.index, self.names, self.modules, self.state = index, names, modules, state
+        self.slot = Slot()
         stops = [sum(outs[: i + 1]) for i in range(len(outs))]
         self.columns = [(stop - out, stop) for stop, out in zip(stops, outs, strict=True)]
         self._input: torch.Tensor | None = None
@@ -76,7 +77,7 @@ class SiteGroup:
 
     def use_operator(self, deltas: TileDeltas) -> None:
         """From now on compute in one opaque operator, which compiled layers do not look into; `deltas` runs the kernels."""
-        self._deltas, self.key = deltas, operators.new_key(self)
+        self._deltas, self.key, self.slot = deltas, operators.new_key(self), self.state.slot_of(self.index, self.names)
 
     @cached_property
     def shape(self) -> GroupShape:
@@ -93,7 +94,7 @@ class SiteGroup:
             return self._add_deltas(self.product(x), x)
         if self.product.weight_of_all is None:
             return torch.ops.manylora.add_delta(self.product(x), x, self.key)
-        if self.state.apart:  # compiled, the sum is part of what reads it
+        if self.slot.apart:  # compiled, the sum is part of what reads it
             product, deltas = torch.ops.manylora.linear_apart(x, self.product.weight_of_all, self.product.bias_of_all, self.key)
             return product + deltas
         return torch.ops.manylora.linear(x, self.product.weight_of_all, self.product.bias_of_all, self.key)

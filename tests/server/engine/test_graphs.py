@@ -2,7 +2,9 @@
 
 import pytest
 
-from server.engine.graphs import MAX_MIXED_ROWS, decode_sizes, mixed_sizes
+from server.engine.graphs import MAX_MIXED_ROWS, Variant, decode_sizes, mixed_sizes, variants_of
+from server.model.attention import ATTENTION_NAME
+from tests.server.engine.tiny_models import make_engine, make_model
 
 
 @pytest.mark.parametrize("max_rows", [1, 2, 5, 8, 64, 65, 256, 300])
@@ -11,7 +13,7 @@ def test_every_number_of_decode_rows_has_a_size(max_rows):
     assert sizes == sorted(set(sizes)) and sizes[-1] == max(2, max_rows) and sizes[0] == 2
     for rows in range(1, max_rows + 1):
         size = next(size for size in sizes if size >= rows)
-        assert size - rows < max(2, 8, rows / 4)
+        assert size - rows < max(8, rows / 2)
 
 
 @pytest.mark.parametrize("max_rows", [1, 15, 16, 17, 100, 512, 1000, 2048, 8192])
@@ -25,3 +27,42 @@ def test_steps_with_prompts_are_padded_by_little_and_have_room_for_every_sequenc
         assert size.num_rows - rows < max(16, rows / 4)
         # A step of so many rows has at most so many sequences.
         assert size.num_sequences >= min(rows, max_sequences)
+
+
+@pytest.mark.parametrize("num_slots", [1, 2, 4])
+def test_whatever_adapters_touch_some_variant_covers_it_and_noughts_are_few(num_slots):
+    variants = variants_of(num_slots)
+    assert variants[0] == Variant() and len(set(variants)) == len(variants)
+    for slots in range(1 << num_slots):
+        first = next(v for v in variants if not v.has_gains and not slots & ~v.slots)
+        assert first == min((v for v in variants if not v.has_gains and not slots & ~v.slots), key=lambda v: v.slots.bit_count())
+    assert Variant(1) in variants and Variant((1 << num_slots) - 1, has_gains=True) in variants
+
+
+@pytest.fixture
+def served():
+    pytest.importorskip("triton")
+    return make_engine(make_model("llama", attention=ATTENTION_NAME), num_blocks=64, kernels="triton")
+
+
+def test_groups_at_one_place_of_every_layer_are_one_slot(served):
+    _, base = served
+    state, shapes = base.state, base.group_shapes
+    per_layer = len(shapes) // len(base.layers)
+    assert len(state.slots) == per_layer == 4
+    for position, slot in enumerate(state.slots.values()):
+        assert slot.groups == sum(1 << index for index in range(position, len(shapes), per_layer))
+    assert state.slots_touched(0) == 0 and state.slots_touched(1 << per_layer | 1 << 2) == 0b101
+    state.set_apart(0b101)
+    assert [slot.apart for slot in state.slots.values()] == [True, False, True, False]
+    assert state.touched == sum(slot.groups for slot in state.slots.values() if slot.apart)
+    state.clear()
+    assert not any(slot.apart for slot in state.slots.values()) and state.touched == -1
+
+
+def test_a_shortened_pass_meets_every_kind_of_layer(served):
+    for base, num in ((served[1], 2), (make_engine(make_model("gemma2", attention=ATTENTION_NAME), num_blocks=64)[1], 3)):
+        whole = list(base.decoder.layers)
+        with base.layers.shortened():
+            assert list(base.decoder.layers) == base.layers.modules[:num]
+        assert list(base.decoder.layers) == whole and len(whole) >= num

@@ -1,0 +1,119 @@
+"""The decoder's layers: which modules they are, a pass through a few of them, and the last one for the rows that are wanted alone.
+
+Of rows whose logits nobody wants, the last layer's keys and values are all that anybody will ever read: of a step of prompts nearly a whole
+layer's work less, its output projection and MLP for every row but one a sequence. Owns the stand-in for that layer. Which rows are wanted
+comes from the runner (`Narrow`); layers of transformers are called as they are.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from server.model.forward import ForwardState
+
+if TYPE_CHECKING:
+    from server.model.attention import AttentionShape
+
+
+@dataclass(frozen=True, slots=True)
+class Narrow:
+    """Rows of a step that its last layer is wanted for. `begin` plans attention, which writes nothing, and adapters for these alone."""
+
+    rows: torch.Tensor  # int64 [wanted]
+    begin: Callable[[], None]
+
+
+class KeysWritten(Exception):  # noqa: N818 - no error: it ends a pass whose rest nobody needs
+    """A layer's keys and values are in the cache. Raised by the attention seams while `ForwardState.stops_at_keys`."""
+
+
+class LastLayer(nn.Module):
+    """Calls a decoder layer, twice if the pass is to narrow: up to its attention with all rows, then as a whole with those wanted."""
+
+    def __init__(self, layer: nn.Module, state: ForwardState) -> None:
+        super().__init__()
+        self.layer, self._state = layer, state
+
+    def __getattr__(self, name: str):
+        # Decoders ask their layers for what they are, such as `attention_type`.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.layer, name)
+
+    def forward(self, hidden: torch.Tensor, *args, **kwargs):
+        """hidden [1, rows, hidden] -> the same, or [1, wanted, hidden] where the pass narrows; if nothing is wanted, something."""
+        narrow = self._state.narrow
+        if narrow is None:
+            return self.layer(hidden, *args, **kwargs)
+        self._state.stops_at_keys = True
+        try:
+            self.layer(hidden, *args, **kwargs)
+        except KeysWritten:
+            pass
+        finally:
+            self._state.stops_at_keys = False
+        if not len(narrow.rows):
+            return hidden
+        num_rows = hidden.shape[1]
+        narrow.begin()
+
+        def pick(value):
+            return _pick(value, num_rows, narrow.rows)
+
+        return self.layer(pick(hidden), *map(pick, args), **{name: pick(value) for name, value in kwargs.items()})
+
+
+class Layers:
+    """The decoder's layers, `modules`: for each attention module the part of a ModuleList that it is in; none if they are not built so."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], attention: list[tuple[str, "AttentionShape"]], state: ForwardState) -> None:
+        """`modules`: the model's by name. `attention`: names of the attention modules with what they are."""
+        found: dict[str, AttentionShape] = {}
+        for name, shape in attention:
+            path = name.split(".")
+            ends = (end for end in range(len(path), 0, -1) if isinstance(modules.get(".".join(path[: end - 1])), nn.ModuleList))
+            if (end := next(ends, None)) is not None:
+                found[".".join(path[:end])] = shape
+        self.modules = [modules[name] for name in found]
+        lists = {name.rpartition(".")[0] for name in found}
+        # Layers of several lists, or with several attentions each, are called in an order that nobody here knows.
+        self.narrows = len(lists) == 1 and len(found) == len(attention)
+        if self.narrows:
+            self._kinds = [(s, *(type(m) for m in layer.modules())) for layer, s in zip(self.modules, found.values(), strict=True)]
+            parent_name, _, self._list_name = lists.pop().rpartition(".")
+            self._parent, self._whole = modules[parent_name], getattr(modules[parent_name], self._list_name)
+            self._whole[-1] = LastLayer(self.modules[-1], state)
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    @contextmanager
+    def shortened(self) -> Iterator[None]:
+        """While inside, the decoder ends one layer behind the first of each kind: a pass is short, and yet meets every kernel. One more,
+        because the first layer's input is no other layer's output, so that its compiled code may be another."""
+        if not self.narrows:
+            yield
+            return
+        num_layers = 2 + max(self._kinds.index(kind) for kind in self._kinds)
+        setattr(self._parent, self._list_name, nn.ModuleList(self.modules[:num_layers]))
+        try:
+            yield
+        finally:
+            setattr(self._parent, self._list_name, self._whole)
+
+
+def _pick(value, num_rows: int, rows: torch.Tensor):
+    """The wanted rows of whatever has all of them: [1, rows, ..], [rows], and tuples of such (rotary embeddings)."""
+    if isinstance(value, tuple):
+        return tuple(_pick(one, num_rows, rows) for one in value)
+    if isinstance(value, torch.Tensor):
+        if value.dim() > 1 and value.shape[1] == num_rows:
+            return value.index_select(1, rows)
+        if value.dim() == 1 and value.shape[0] == num_rows:
+            return value.index_select(0, rows)
+    return value
