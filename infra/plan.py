@@ -61,6 +61,7 @@ def asked_by(config: KitConfig, root: Path = ROOT) -> dict[str, Any]:
         "config_file": root / wanted.config_file if wanted.config_file else None,
         "quantize": server.get("quantize"),
         "dtype": server.get("dtype", "auto"),
+        "kv_cache_dtype": server.get("kv_cache_dtype", "auto"),
         "limits": {_LIMITS[name]: _plain(value) for name, value in server.items() if name in _LIMITS},
         "num_engines": server.get("num_engines"),
         "instance": config.fleet.instance_type,
@@ -83,7 +84,7 @@ def make_plan(asked: Mapping[str, Any]) -> Plan:
         scheme = scheme_named(asked["quantize"]).name if asked["quantize"] else None
         item_bytes = round(scheme_named(dtype).bits / 8)
         one = asked["adapter_bytes"] or adapter_bytes(shape, asked["rank"], asked["targets"], item_bytes)
-        limits = EngineLimits.of(shape, asked["limits"])
+        limits = EngineLimits.of(shape, asked["limits"] | {"kv_cache_dtype": asked["kv_cache_dtype"]})
         model = Model(shape=shape, limits=limits, scheme=scheme, dtype=dtype, num_engines=asked["num_engines"])
         demand = Demand(
             num_adapters=asked["adapters"],
@@ -142,7 +143,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the command line says, in the place of the configuration's. Another model is no longer the deployment: its cost is left out."""
-    names = ("model", "quantize", "dtype", "adapters", "rank", "adapter_bytes", "concurrency", "prompt_len", "output_len")
+    names = ("model", "quantize", "dtype", "kv_cache_dtype", "adapters", "rank", "adapter_bytes", "concurrency", "prompt_len", "output_len")
     given = {name: getattr(arguments, name) for name in (*names, "instance", "region", "variants") if getattr(arguments, name) is not None}
     if arguments.targets:
         given["targets"] = tuple(arguments.targets.split(","))
@@ -172,6 +173,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, help="another model: its config.json, or a folder with it and perhaps its safetensors")
     parser.add_argument("--quantize", metavar="SCHEME", help="bf16, fp8, int8, int4, awq, gptq, hqq, nf4, ... (sizing/quantization.py)")
     parser.add_argument("--dtype", help="of what is not quantized: bfloat16, float16 or float32 (bfloat16)")
+    parser.add_argument("--kv-cache-dtype", help="of keys and values: auto (the model's) or fp8")
     parser.add_argument("--adapters", type=int, metavar="N", help="adapters on a GPU at once")
     parser.add_argument("--rank", type=int, help="their rank")
     parser.add_argument("--targets", metavar="NAMES", help="linears that they target: all-linear, or q_proj,v_proj,...")

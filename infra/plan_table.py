@@ -39,6 +39,8 @@ def parts_of(plan: Plan) -> list[tuple[str, int, str]]:
     kv = f"sequences: {rows} of {demand.prompt_len} + {demand.output_len} tokens"
     if rows * memory.blocks_of_sequence(demand.context) * memory.block_bytes < own.kv:
         kv = f"one sequence of max_total_tokens, {plan.model.limits.max_sequence_len}: more than what is asked"
+    if plan.model.limits.kv_cache_dtype != "auto":
+        kv += f"; {plan.model.limits.kv_cache_dtype}"
     return [
         ("weights", memory.weights.total, f"{plan.model.shape.num_params / 1e9:.2f} billion, {plan.scheme}"),
         ("adapters", own.adapters, f"{demand.num_adapters} of {demand.bytes_of_adapter / 1e6:.1f} MB, in blocks"),
@@ -142,6 +144,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "parts": {part.lower(): num_bytes for part, num_bytes, _ in parts_of(plan)},
             "arena": own.memory.arena,
             "kv_blocks": own.memory.num_blocks,
+            "kv_cache_dtype": plan.model.limits.kv_cache_dtype,
             "article_rule": article_bytes(plan.model, plan.demand, own.memory.weights.total),
         },
         "instances": [_instance_json(each, plan.demand.num_adapters) for each in plan.fits],

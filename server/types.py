@@ -202,6 +202,7 @@ class EngineOptions(msgspec.Struct, frozen=True):
     block_size: int = 16  # tokens a KV block
     num_blocks: int | None = None
     kv_cache_bytes: int | None = None  # at most one of num_blocks and kv_cache_bytes is set
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"  # auto: dtype; fp8: e4m3 without a scale
     max_batch_tokens: int = 2048  # tokens a step, prefill chunks and decode rows together
     max_batch_size: int = 64  # sequences a step
     max_batch_adapters: int | None = None  # adapters a step; None: as many as there is room for

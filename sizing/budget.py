@@ -12,6 +12,7 @@ GRAPH_BYTES = 1 << 30  # what the captured steps of a 7B model take, and some ro
 SPARE_BYTES = 768 << 20  # attention's workspace as it is at least, cuBLAS's, fragments
 WORKSPACE_BYTES = 256 << 20  # FlashInfer's, at least
 ALIGNMENT = 64  # of a block of the arena
+KV_BYTES: dict[str, int | None] = {"auto": None, "fp8": 1}  # kv_cache_dtype -> bytes of a value of a key; None: of the model's type
 
 
 class Limits(Protocol):
@@ -62,6 +63,11 @@ class Shares:
 
     num_blocks: int
     adapter_bytes: int
+
+
+def kv_item_bytes(kv_cache_dtype: str, item_bytes: int) -> int:
+    """Bytes of one value of a key or a value, of a model whose own values take `item_bytes`. KeyError if there is no such type."""
+    return KV_BYTES[kv_cache_dtype] or item_bytes
 
 
 def block_bytes(bytes_per_token: int, block_size: int) -> int:

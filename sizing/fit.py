@@ -147,6 +147,7 @@ def _speed(model: Model, demand: Demand, instance: Instance, rows: int) -> Throu
         bytes_of_adapter=demand.bytes_of_adapter,
         scheme=model.scheme,
         dtype=model.dtype,
+        kv_cache_dtype=model.limits.kv_cache_dtype,
     )
 
 

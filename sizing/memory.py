@@ -28,6 +28,7 @@ class EngineLimits:
     block_size: int = 16
     num_blocks: int | None = None
     kv_cache_bytes: int | None = None
+    kv_cache_dtype: str = "auto"
     max_batch_tokens: int = 1024
     max_batch_size: int = 64
     max_sequence_len: int = _MOST_TOKENS
@@ -42,6 +43,8 @@ class EngineLimits:
             raise SizingError(f"{unknown[0]} is not a limit of the engine. Allowed: {', '.join(sorted(names))}")
         values = {"max_sequence_len": min(_MOST_TOKENS, shape.max_positions or _MOST_TOKENS), **values}
         limits = cls(**values)
+        if limits.kv_cache_dtype not in budget.KV_BYTES:
+            raise SizingError(f"kv_cache_dtype must be one of {', '.join(budget.KV_BYTES)}. Given: {limits.kv_cache_dtype}")
         if shape.max_positions and limits.max_sequence_len > shape.max_positions:
             raise SizingError(f"max_sequence_len {limits.max_sequence_len} is beyond the {shape.max_positions} positions of {shape.name}")
         if limits.max_batch_tokens < limits.max_batch_size:
@@ -122,7 +125,8 @@ def predict(
         heads = [layer.attention for layer in shape.layers]
         workspace = budget.workspace_bytes(heads, min(limits.max_batch_tokens, MAX_CAPTURED_ROWS), limits.max_batch_size, num_sms)
     kept = budget.set_aside(widths_of(shape), limits, item_bytes, workspace, graphs=graphs)
-    bytes_of_block = budget.block_bytes(shape.kv_values_per_token * item_bytes, limits.block_size)
+    kv_bytes = budget.kv_item_bytes(limits.kv_cache_dtype, item_bytes)
+    bytes_of_block = budget.block_bytes(shape.kv_values_per_token * kv_bytes, limits.block_size)
     free = card_bytes - context_bytes - weights.total - kept.total
     shares = budget.share_arena(free, bytes_of_block, limits)
     return EngineMemory(

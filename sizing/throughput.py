@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from sizing import budget
 from sizing.adapters import ALL_LINEAR, adapter_bytes
 from sizing.errors import SizingError
 from sizing.instances import GPUS, Gpu
@@ -36,9 +37,10 @@ class StepBytes:
 
 
 def step_bytes(
-    shape: ModelShape, weights: Weights, *, rows: int, context: float, num_adapters: int, bytes_of_adapter: int, item_bytes: int = 2
+    shape: ModelShape, weights: Weights, *, rows: int, context: float, num_adapters: int, bytes_of_adapter: int, kv_bytes: int = 2
 ) -> StepBytes:
-    """A step of `rows` sequences of `context` tokens each, each row with one of `num_adapters`, evenly chosen."""
+    """A step of `rows` sequences of `context` tokens each, each row with one of `num_adapters`, evenly chosen. `kv_bytes`: of one value of
+    a key or value."""
     share = 1.0
     if weights.experts:
         layers = [layer.experts for layer in shape.layers if layer.experts]
@@ -46,7 +48,7 @@ def step_bytes(
     head = weights.embedding if shape.is_tied else weights.head
     read = weights.linears + weights.other + head + weights.experts * share
     windows = ((layer.attention.values_per_token, layer.attention.window) for layer in shape.layers)
-    kv = rows * item_bytes * sum(values * (context if window is None else min(context, window)) for values, window in windows)
+    kv = rows * kv_bytes * sum(values * (context if window is None else min(context, window)) for values, window in windows)
     return StepBytes(read, kv, distinct(num_adapters, rows) * bytes_of_adapter)
 
 
@@ -147,7 +149,8 @@ def _prompts_efficiency(gpu: Gpu, shape: ModelShape, plain: dict[int, dict[str, 
 @dataclass(frozen=True)
 class Throughput:
     """One card's figures. `step_ms`: a decode step; `tokens_per_s`: output of all sequences, their prompts' time in it; `per_sequence`:
-    tokens a second that one of them sees; `bound`: what holds a decode step up; `is_projection`: the card or scheme was not measured."""
+    tokens a second that one of them sees; `bound`: what holds a decode step up; `is_projection`: the card, the scheme or the
+    cache's type was not measured."""
 
     step_ms: float
     base_ms: float
@@ -173,6 +176,7 @@ def throughput(
     bytes_of_adapter: int = 0,
     scheme: str | None = None,
     dtype: str = "bf16",
+    kv_cache_dtype: str = "auto",
 ) -> Throughput:
     """`rows` sequences that run all the time, each with a prompt of `prompt_len` and an answer of `output_len` tokens."""
     chosen = scheme_named(scheme or shape.quantization or dtype)
@@ -184,7 +188,7 @@ def throughput(
         context=prompt_len + output_len / 2,
         num_adapters=num_adapters,
         bytes_of_adapter=bytes_of_adapter,
-        item_bytes=round(scheme_named(dtype).bits / 8),
+        kv_bytes=budget.kv_item_bytes(kv_cache_dtype, round(scheme_named(dtype).bits / 8)),
     )
     per_ms = gpu.bandwidth_gb_s * 1e6
     memory_ms = (read.weights + read.kv) / (per_ms * found.base_at(rows))
@@ -206,5 +210,5 @@ def throughput(
         adapters_efficiency=found.adapters_at(rows),
         prompts_efficiency=found.prompts,
         launch_us=found.launch_us,
-        is_projection=gpu.name != MEASURED["gpu"] or chosen.name not in measured_schemes(),
+        is_projection=gpu.name != MEASURED["gpu"] or chosen.name not in measured_schemes() or kv_cache_dtype != "auto",
     )

@@ -137,6 +137,7 @@ def engine_options(settings: Settings, model: ServedModel) -> EngineOptions:
         block_size=settings.block_size,
         num_blocks=settings.num_blocks,
         kv_cache_bytes=_int(settings.kv_cache_bytes),
+        kv_cache_dtype=settings.kv_cache_dtype,
         max_batch_tokens=settings.max_batch_prefill_tokens,
         max_batch_size=settings.max_batch_size,
         max_batch_adapters=settings.max_batch_adapters,

@@ -13,6 +13,7 @@ import torch
 from server.engine.graphs import MAX_MIXED_ROWS
 from server.engine.tiling import Tiling
 from server.memory.arena import Arena
+from server.model import kv_dtype
 from server.model.attention import PagedAttention
 from server.model.base import BaseModel
 from server.model.flashinfer import FlashInferAttention, why_not
@@ -31,6 +32,7 @@ class Backends:
     compile_layers: bool
     cuda_graphs: bool
     overlap: bool
+    kv_dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,8 @@ class Memory:
 def choose_backends(base: BaseModel, options: EngineOptions) -> Backends:
     """Resolve the options for this model on this device. ValueError names what was asked for and cannot be had."""
     on_gpu = base.device.type == "cuda"
+    kept_in = kv_dtype.dtype_of(options.kv_cache_dtype, base.dtype)
+    kv_dtype.check_card(kept_in, base.device)
     kernels = options.kernels if options.kernels != "auto" else "triton" if on_gpu and importlib.util.find_spec("triton") else "torch"
     reason = why_not(base.attention_shapes, base.dtype, base.device) if kernels == "triton" else "it needs the arena of kernels 'triton'"
     if options.attention == "flashinfer" and reason is not None:
@@ -63,13 +67,13 @@ def choose_backends(base: BaseModel, options: EngineOptions) -> Backends:
     if graphs and not flashinfer:
         raise ValueError(f"cuda_graphs need attention 'flashinfer', which cannot be used: {reason or 'asked for sdpa'}")
     overlap = on_gpu if options.overlap is None else options.overlap
-    return Backends(kernels, "flashinfer" if flashinfer else "sdpa", compiled, graphs, overlap)
+    return Backends(kernels, "flashinfer" if flashinfer else "sdpa", compiled, graphs, overlap, kept_in)
 
 
 def divide(base: BaseModel, options: EngineOptions, backends: Backends) -> Memory:
     """Bytes for KV blocks and adapters, on the device and the host, by sizing's arithmetic."""
     item_bytes, layout = base.dtype.itemsize, base.layout
-    block_bytes = budget.block_bytes(PagedAttention.num_bytes(base.attention_shapes, 1, base.dtype), options.block_size)
+    block_bytes = budget.block_bytes(PagedAttention.num_bytes(base.attention_shapes, 1, backends.kv_dtype), options.block_size)
     free = free_bytes(base.device)
     host_bytes = options.adapter_host_bytes or psutil.virtual_memory().available // 4
     if backends.kernels == "torch":
@@ -91,12 +95,13 @@ def use_arena(base: BaseModel, options: EngineOptions, backends: Backends, memor
     keys, values, offset = [], [], 0
     for shape in base.attention_shapes:
         for pages, dim in ((keys, shape.key_dim), (values, shape.value_dim)):
-            pages.append(arena.pages(offset, (options.block_size, shape.num_kv_heads, dim)))
+            pages.append(arena.pages(offset, (options.block_size, shape.num_kv_heads, dim), backends.kv_dtype))
             offset += options.block_size * shape.num_kv_heads * dim
     if backends.attention == "flashinfer":
         max_pages = options.max_batch_size * (-(-options.max_sequence_len // options.block_size) + 1)  # of a decode step
         workspace = _workspace_bytes(base, options, backends)
-        base.attach_attention(FlashInferAttention(base.attention_shapes, keys, values, options.block_size, max_pages, workspace))
+        attention = FlashInferAttention(base.attention_shapes, keys, values, options.block_size, max_pages, base.dtype, workspace)
+        base.attach_attention(attention)
     else:
         base.attach_attention(PagedAttention(base.attention_shapes, keys, values))
     tiling = Tiling(base.state, arena.data, options.max_batch_tokens)

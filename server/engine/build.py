@@ -101,7 +101,7 @@ def assemble(
             threading.Thread(target=slabs.reserve, args=(reserved,), name="host-slabs", daemon=True).start()
         carrier = ArenaCarrier(base.layout, base.group_shapes, base.placer, arena, pool, slabs)
     else:
-        base.attach_cache(memory.num_blocks, options.block_size)
+        base.attach_cache(memory.num_blocks, options.block_size, plan.kv_dtype)
         carrier = Carrier(lambda ref: read_adapter(ref, base.layout.fingerprint, base.layout.dtype), base.place)
     readers = partial(Readers, drop=carrier.leave_host, timeout_s=options.adapter_read_timeout_s)
     tiers = AdapterTiers(carrier, memory.adapter_host_bytes, memory.adapter_device_bytes, on_adapter, readers=readers)

@@ -155,7 +155,12 @@ def serve(address: str, options: EngineOptions) -> int:
                 num_blocks=core.pool.num_blocks,
                 adapter_bytes=core.tiers.device.max_bytes,
                 start_s=phases,
-                versions={"torch": str(torch.__version__), "transformers": transformers.__version__, "attention": base.attention.name},
+                versions={
+                    "torch": str(torch.__version__),
+                    "transformers": transformers.__version__,
+                    "attention": base.attention.name,
+                    "kv_cache_dtype": str(base.attention.keys[0].dtype).removeprefix("torch."),
+                },
             )
         )
         EngineLoop(socket, core, pulse).run()

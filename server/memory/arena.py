@@ -1,7 +1,8 @@
 """One tensor for all that comes and goes on the device: KV blocks and adapters, in blocks of one size.
 
 Owns the memory and nothing of what is where: BlockPool says which blocks are whose. A block is `block_size` tokens' keys and values of all
-layers; an adapter is a run of whole blocks. So the two share one budget, and neither is reserved for what never comes.
+layers, in the arena's type or another; an adapter is a run of whole blocks. So the two share one budget, and neither is reserved for what
+never comes.
 """
 
 import torch
@@ -33,9 +34,11 @@ class Arena:
         start = first_block * self.block_bytes
         return self.data.view(torch.uint8)[start : start + num_bytes]
 
-    def pages(self, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
-        """A part of every block, `offset` elements into it: [num_blocks + 1, *shape], each block's part contiguous."""
+    def pages(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A part of every block, `offset` elements into it: [num_blocks + 1, *shape], each block's part contiguous. `dtype`: of the
+        elements, where they are not the arena's."""
+        data = self.data if dtype is None else self.data.view(dtype)
         strides = [1]
         for size in reversed(shape[1:]):
             strides.insert(0, strides[0] * size)
-        return self.data.as_strided((self.num_blocks + 1, *shape), (self.block_elements, *strides), offset)
+        return data.as_strided((self.num_blocks + 1, *shape), (self.block_bytes // data.itemsize, *strides), offset)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from server.model import operators  # noqa: F401 - defines torch.ops.manylora
+from server.model.kv_dtype import movable, stored
 
 ATTENTION_NAME = "manylora_paged"
 
@@ -102,7 +103,8 @@ class PagedAttention:
     MIN_FILL = 0.7
 
     def __init__(self, shapes: list[AttentionShape], keys: list[torch.Tensor], values: list[torch.Tensor]) -> None:
-        """keys and values: [blocks, block_size, kv_heads, dim] of each layer, as `allocate` or an arena gives them."""
+        """keys and values: [blocks, block_size, kv_heads, dim] of each layer, as `allocate` or an arena gives them; in e4m3 they are
+        rounded when they are written, and come back in the query's type before anything is computed."""
         self.shapes, self.keys, self.values = shapes, keys, values
         # One block more than sequences can have: it stays zero and is what shorter tables of a bucket are padded with. A position that
         # is masked out is still multiplied by nought, and another request's NaN times nought is NaN.
@@ -182,13 +184,13 @@ class PagedAttention:
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """query [tokens, heads, key_dim], key and value [tokens, kv_heads, dim] -> [tokens, heads, value_dim]."""
-        keys, values, window = self.keys[layer], self.values[layer], self.shapes[layer].window
+        window = self.shapes[layer].window
         if len(self._slots):
             self.write(layer, key, value)
-        out = query.new_empty(*query.shape[:2], values.shape[-1])  # [tokens, heads, value_dim]
+        out = query.new_empty(*query.shape[:2], self.values[layer].shape[-1])  # [tokens, heads, value_dim]
         for bucket in self._buckets:
-            k = self._gather("k", keys, bucket.tables, bucket.num_sequences)  # [n, len, kv_heads, dim]
-            v = self._gather("v", values, bucket.tables, bucket.num_sequences)
+            k = self._gather("k", self.keys[layer], bucket.tables, bucket.num_sequences, query.dtype)  # [n, len, kv_heads, dim]
+            v = self._gather("v", self.values[layer], bucket.tables, bucket.num_sequences, query.dtype)
             q = query if bucket.rows is None else query[bucket.rows]
             n, heads, dim = q.shape
             # The query heads of one KV head stand as rows of one attention: keys are read once for all of them, never repeated.
@@ -200,8 +202,8 @@ class PagedAttention:
             else:
                 out[bucket.rows] = o
         for chunk in self._prefills:
-            k = self._gather("k", keys, chunk.table, 1)[0, : chunk.context_len].transpose(0, 1)  # [kv_heads, len, dim]
-            v = self._gather("v", values, chunk.table, 1)[0, : chunk.context_len].transpose(0, 1)
+            k = self._gather("k", self.keys[layer], chunk.table, 1, query.dtype)[0, : chunk.context_len].transpose(0, 1)
+            v = self._gather("v", self.values[layer], chunk.table, 1, query.dtype)[0, : chunk.context_len].transpose(0, 1)
             q = query[chunk.start : chunk.start + chunk.num_tokens].transpose(0, 1)  # [heads, tokens, dim]
             repeat = q.shape[0] // k.shape[0]
             q = q.view(k.shape[0], repeat, *q.shape[1:])  # [kv_heads, repeat, tokens, dim]
@@ -213,10 +215,11 @@ class PagedAttention:
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """key and value [tokens, kv_heads, dim] into the cache, where the step's plan has their places."""
-        keys, values = self.keys[layer], self.values[layer]
+        keys, values = movable(self.keys[layer]), movable(self.values[layer])
         for block in self._fresh:
             keys[block].zero_()
             values[block].zero_()
+        key, value = stored(key, self.keys[layer].dtype), stored(value, self.values[layer].dtype)
         if keys.is_contiguous():
             keys.view(-1, *keys.shape[2:]).index_copy_(0, self._slots, key)
             values.view(-1, *values.shape[2:]).index_copy_(0, self._slots, value)
@@ -225,14 +228,21 @@ class PagedAttention:
             keys.index_put_(place, key)
             values.index_put_(place, value)
 
-    def _gather(self, name: str, cache: torch.Tensor, table: torch.Tensor, num_sequences: int) -> torch.Tensor:
-        num_values = table.numel() * cache[0].numel()
+    def _gather(self, name: str, cache: torch.Tensor, table: torch.Tensor, num_sequences: int, dtype: torch.dtype) -> torch.Tensor:
+        """The table's pages one after the other, in `dtype`: [sequences, positions, kv_heads, dim]."""
+        shape = (table.numel(), *cache.shape[1:])
+        pages = self._buffer(name if cache.dtype == dtype else "raw", shape, movable(cache).dtype)
+        torch.index_select(movable(cache), 0, table, out=pages)
+        if cache.dtype != dtype:
+            pages = self._buffer(name, shape, dtype).copy_(pages.view(cache.dtype))
+        return pages.view(num_sequences, -1, *cache.shape[2:])
+
+    def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        num_values = math.prod(shape)
         buffer = self._scratch.get(name)
         if buffer is None or buffer.numel() < num_values:
-            buffer = self._scratch[name] = torch.empty(int(num_values * 1.5), dtype=cache.dtype, device=cache.device)
-        pages = buffer[:num_values].view(table.numel(), *cache.shape[1:])
-        torch.index_select(cache, 0, table, out=pages)
-        return pages.view(num_sequences, -1, *cache.shape[2:])
+            buffer = self._scratch[name] = torch.empty(int(num_values * 1.5), dtype=dtype, device=self._device)
+        return buffer[:num_values].view(shape)
 
 
 def attend(

@@ -155,9 +155,9 @@ class BaseModel:
         for group in self.groups:
             group.product.warm_up(max_rows, self.dtype, seen)
 
-    def attach_cache(self, num_blocks: int, block_size: int) -> None:
+    def attach_cache(self, num_blocks: int, block_size: int, kv_dtype: torch.dtype) -> None:
         """Allocate the keys' and values' blocks and connect every attention layer to them."""
-        self.attach_attention(PagedAttention.allocate(self.attention_shapes, num_blocks, block_size, self.dtype, self.device))
+        self.attach_attention(PagedAttention.allocate(self.attention_shapes, num_blocks, block_size, kv_dtype, self.device))
 
     def attach_attention(self, attention: Attention) -> None:
         """Connect every attention layer to keys and values that lie somewhere."""

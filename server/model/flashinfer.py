@@ -137,7 +137,7 @@ class _Planner:
             logits_soft_cap=key.softcap,
             sm_scale=key.scale,
             q_data_type=self._owner.dtype,
-            kv_data_type=self._owner.dtype,
+            kv_data_type=self._owner.keys[0].dtype,
         )
 
     def plan(self, indices: Indices, pinned_set: int) -> None:
@@ -205,15 +205,17 @@ class FlashInferAttention:
         values: list[torch.Tensor],
         block_size: int,
         max_pages: int,
+        dtype: torch.dtype,
         workspace_bytes: int = WORKSPACE_BYTES,
     ) -> None:
         """keys and values: [blocks, block_size, kv_heads, dim] of each layer; the last block stays zero. `max_pages`: of a graph's step.
-        `workspace_bytes`: see `workspace_bytes`."""
+        `dtype`: of queries and outputs; keys and values are of the same, or e4m3, which fa2's kernels turn into it as they read.
+        `workspace_bytes`: see sizing.budget."""
         from server.kernels.cache import write_kv  # needs Triton
 
         self._write_kv = write_kv
         self.keys, self.values, self.block_size = keys, values, block_size
-        self.device, self.dtype = keys[0].device, keys[0].dtype
+        self.device, self.dtype = keys[0].device, dtype
         self.zero_block = keys[0].shape[0] - 1
         self.workspace = torch.zeros(workspace_bytes, dtype=torch.uint8, device=self.device)
         self.graph_pages = torch.zeros(max_pages, dtype=torch.int32, device=self.device)

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, field_validator, model_validator
 
-from server.settings.foreign import scheme_of
+from server.settings.foreign import kv_dtype_of, scheme_of
 
 GiB = 1 << 30
 AUTO_TOTAL_TOKENS = 4096  # LoRAX's bound on what it takes from the model's config when nothing is said
@@ -120,6 +120,9 @@ class Settings(BaseModel):
     block_size: int = _set(16, "Engine", "Tokens of a KV block.", ge=1, le=256)
     num_blocks: int | None = _set(None, "Engine", "KV blocks; auto: from the memory that is free.", ge=1)
     kv_cache_bytes: ByteSize | None = _set(None, "Engine", "Memory for KV blocks, in place of num-blocks.", gt=0)
+    kv_cache_dtype: Literal["auto", "fp8"] = _set(
+        "auto", "Engine", "What keys and values are kept in; auto: the model's type; fp8: e4m3, half the bytes (docs/quantization.md)."
+    )
     prefix_caching: bool = _set(True, "Engine", "Reuse the KV blocks of equal prompt beginnings.", lorax="PREFIX_CACHING")
     kernels: Literal["auto", "torch", "triton"] = _set(
         "auto", "Engine", "How adapters are added: by torch alone, or by Triton kernels in one memory with the KV blocks; auto: by device."
@@ -196,6 +199,11 @@ class Settings(BaseModel):
     @classmethod
     def _understand(cls, value: Any) -> Any:
         return scheme_of(value) if isinstance(value, str) else value
+
+    @field_validator("kv_cache_dtype", mode="before")
+    @classmethod
+    def _understand_kv(cls, value: Any) -> Any:
+        return kv_dtype_of(value) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:

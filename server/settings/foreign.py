@@ -130,7 +130,7 @@ VLLM: dict[str, Foreign] = {
     "pipeline-parallel-size": Foreign(_ONE_GPU, asks_nothing=("1",)),
     "data-parallel-size": Foreign(_ONE_GPU, asks_nothing=("1",)),
     "quantization": Foreign("", instead="quantize"),
-    "kv-cache-dtype": Foreign("that of the model", asks_nothing=("auto",)),
+    "kv-cache-dtype": SAME,
     "tokenizer": Foreign("tokenizer.json is read from the model's folder"),
     "chat-template": Foreign("the model's folder brings it; an adapter may bring its own"),
     "enforce-eager": Foreign(_COMPILED, asks_nothing=_OFF),
@@ -156,8 +156,8 @@ NOT_QUANTIZE = {
     "bitsandbytes-fp4": "nf4 has the same size and a smaller error: use bitsandbytes-nf4",
     "hqq-3bit": "3 bits lie in 4 here, so nothing is saved: use hqq-4bit",
     "hqq-2bit": "2 bits without data to fit them to lose too much: use hqq-4bit",
-    "fp8-kv": "keys and values are in the model's type; use fp8 for the weights",
-    "fp8_kv": "keys and values are in the model's type; use fp8 for the weights",
+    "fp8-kv": "two settings here: --quantize fp8 for the weights, --kv-cache-dtype fp8 for keys and values",
+    "fp8_kv": "two settings here: --quantize fp8 for the weights, --kv-cache-dtype fp8 for keys and values",
     "exl2": "its checkpoints are not read",
     "marlin": "a layout of GPTQ's weights, not a scheme: use gptq",
 }
@@ -168,6 +168,24 @@ def scheme_of(name: str) -> str:
     if name in NOT_QUANTIZE:
         raise ValueError(f"'{name}' is LoRAX's and not here: {NOT_QUANTIZE[name]}")
     return QUANTIZE.get(name, name)
+
+
+# vLLM's values of --kv-cache-dtype: ours, or why not.
+KV_DTYPES = {"fp8_e4m3": "fp8"}
+NOT_KV_DTYPES = {
+    "fp8_e5m2": "two bits of mantissa lose more than e4m3's three: use fp8",
+    "fp8_inc": "it is for Intel Gaudi: use fp8",
+    "fp8_ds_mla": "DeepSeek's keys and values are kept expanded: use fp8",
+    "nvfp4": "there is no cache of 4 bits: use fp8",
+    **dict.fromkeys(("bfloat16", "float16"), "otherwise keys and values are in the model's type, which --dtype says: use auto"),
+}
+
+
+def kv_dtype_of(name: str) -> str:
+    """Our name of a value of --kv-cache-dtype. ValueError with the reason for one of vLLM's that there is not; others are left."""
+    if name in NOT_KV_DTYPES:
+        raise ValueError(f"'{name}' is vLLM's and not here: {NOT_KV_DTYPES[name]}")
+    return KV_DTYPES.get(name, name)
 
 
 # LoRAX reads each flag from the environment too. What other programs set as well is left alone, single common words for example.

@@ -1,6 +1,7 @@
 """The engine divides its memory by sizing's arithmetic, and an adapter takes what sizing says."""
 
 import pytest
+import torch
 
 from server.adapters.pack import read_header
 from server.engine.backends import Backends, divide, free_bytes
@@ -16,7 +17,7 @@ from sizing.models import shape_of
 from tests.server.engine.peft_oracle import pack, save_adapter
 from tests.server.engine.tiny_models import make_config, make_model
 
-PLAIN, ARENA = (Backends(kernels, "sdpa", False, False, False) for kernels in ("torch", "triton"))
+PLAIN, ARENA = (Backends(kernels, "sdpa", False, False, False, torch.float32) for kernels in ("torch", "triton"))
 OPTIONS = EngineOptions(model_dir="", max_sequence_len=64, num_blocks=100, adapter_device_bytes=1 << 20)
 
 
