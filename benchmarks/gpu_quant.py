@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu_quant --out rows.jsonl                      # on the GPU: every scheme, as long as --limit-s allows
     python -m benchmarks.gpu_quant --perplexity --out perplexity.jsonl   # on a CPU, with the embedded model
+    python -m benchmarks.gpu_quant --perplexity --kv --out kv.jsonl      # the same of keys and values in fewer bits
     python -m benchmarks.gpu_quant --table FILE.. [--save]
 
 Speed: Mistral-7B's shape with random weights, rounded at the start as a checkpoint would be; each scheme in a process of its own, rows
@@ -97,9 +98,9 @@ def main(argv: Sequence[str]) -> int:
             print(json.dumps({"benchmark": "gpu_quant", "figures": result["figures"]}))
             return 0
         if arguments.perplexity:
-            from benchmarks.gpu_quant_perplexity import measure_perplexity
+            from benchmarks.gpu_quant_perplexity import measure_kv, measure_perplexity
 
-            return 0 if measure_perplexity(arguments.out, arguments.tokens) else 1
+            return 0 if (measure_kv if arguments.kv else measure_perplexity)(arguments.out, arguments.tokens) else 1
         return 0 if measure(arguments) else 1
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -111,6 +112,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         prog="python -m benchmarks.gpu_quant", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--perplexity", action="store_true", help="of the embedded model, on a CPU")
+    parser.add_argument("--kv", action="store_true", help="with --perplexity: of the types that keys and values are kept in")
     parser.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="make the table of these files of rows")
     parser.add_argument("--save", action="store_true", help="with --table: keep the result under benchmarks/results")
     parser.add_argument("--out", type=Path, default=Path("quant.jsonl"), help="file that rows are appended to (%(default)s)")

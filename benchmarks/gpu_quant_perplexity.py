@@ -2,22 +2,26 @@
 
 The text is `pydoc_data.topics`, the language reference that Python's `help()` shows, its topics one after the other, in windows of 512
 tokens. The weights are what a scheme's codes stand for; of fp8 also with each row of activations rounded to e4m3, as in products of
-many rows. Called by benchmarks.gpu_quant.
+many rows. With the weights as they are, also what keys and values in fewer bits do (`measure_kv`): rounded as the cache rounds them, on
+their way into the attention. Called by benchmarks.gpu_quant.
 """
 
 import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from benchmarks.gpu.rows import Row, append_row, installed
+from benchmarks.gpu.rows import Row, append_row, installed, stamp
 from server.kernels.quantized import dequantize
+from server.model import kv_dtype
 from server.model.quantization import SCHEMES
 
 WINDOW = 512
@@ -26,18 +30,11 @@ _MOST = torch.finfo(torch.float8_e4m3fn).max
 
 def measure_perplexity(out: Path, num_tokens: int) -> bool:
     """A row for the model as it is, and one a scheme."""
-    from examples.embedded_model import DEFAULT_DIR, ensure_model
-
-    ensure_model(DEFAULT_DIR, progress=False)
-    windows = _windows(DEFAULT_DIR, num_tokens)
-    common: Row = {
-        "part": "perplexity", "model": "SmolLM2-135M-Instruct", "text": f"pydoc_data.topics of Python {platform.python_version()}",
-        "num_tokens": windows.numel(), "window": WINDOW, "versions": installed(),
-    }  # fmt: skip
+    model_dir, windows, common = _ready(num_tokens)
     base = None
     for scheme in ("as it is", *(name for name, found in SCHEMES.items() if found.quantize), "fp8 both"):
         started_at = time.monotonic()
-        model = AutoModelForCausalLM.from_pretrained(DEFAULT_DIR, dtype=torch.float32, local_files_only=True).eval()
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, local_files_only=True).eval()
         error = 0.0 if scheme == "as it is" else _round(model, scheme.partition(" ")[0])
         with _rounded_activations(model) if scheme == "fp8 both" else _nothing():
             perplexity = _perplexity(model, windows)
@@ -47,6 +44,108 @@ def measure_perplexity(out: Path, num_tokens: int) -> bool:
         })  # fmt: skip
         print(f"{scheme}: {perplexity:.3f} ({perplexity / base - 1:+.2%}) in {time.monotonic() - started_at:.0f} s", flush=True)
     return True
+
+
+def measure_kv(out: Path, num_tokens: int) -> bool:
+    """A row for keys and values in float32, as the model has them here, and one for each type that a cache may have on a GPU."""
+    model_dir, windows, common = _ready(num_tokens)
+    common |= {"part": "kv", **{name: value for name, value in stamp("", "cpu", None).items() if name in ("day", "commit")}}
+    roundings: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "float32": lambda x: x,
+        "bfloat16": lambda x: x.bfloat16().float(),
+        "fp8": lambda x: kv_dtype.stored(x, kv_dtype.FP8).view(kv_dtype.FP8).float(),
+    }
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, local_files_only=True).eval()
+    rounded = _RoundedKv(model)
+    found = {name: _Drift() for name in roundings}
+    for window in windows:
+        exact = None
+        for name, rounding in roundings.items():
+            logits = rounded.logits(window, rounding)
+            exact = logits if exact is None else exact
+            found[name].add(logits, exact, window)
+        print(f"{window.numel()} tokens more, of {windows.numel()}", flush=True)
+    base = found["float32"].perplexity
+    for name, drift in found.items():
+        append_row(out, common | {"kv": name, "drift": round(drift.perplexity / base - 1, 5)} | drift.figures())
+        print(
+            f"{name}: {drift.perplexity:.3f} ({drift.perplexity / base - 1:+.2%}), logits off by {drift.greatest:.3f} at most", flush=True
+        )
+    return True
+
+
+@dataclass(slots=True)
+class _Drift:
+    """Sums over windows: how far logits are from the exact ones, and what they make of the text."""
+
+    loss: float = 0.0
+    num_losses: int = 0
+    num_tokens: int = 0
+    num_same: int = 0
+    greatest: float = 0.0
+    total: float = 0.0
+    num_logits: int = 0
+    squares: float = 0.0
+    spread: float = 0.0
+
+    def add(self, logits: torch.Tensor, exact: torch.Tensor, window: torch.Tensor) -> None:
+        """One window's: [tokens, vocabulary] each."""
+        self.loss += nn.functional.cross_entropy(logits[:-1], window[1:], reduction="sum").item()
+        self.num_losses += window.numel() - 1
+        off = (logits - exact).abs()
+        self.greatest = max(self.greatest, off.max().item())
+        self.total += off.sum(dtype=torch.float64).item()
+        self.squares += off.square().sum(dtype=torch.float64).item()
+        self.spread += (exact - exact.mean(-1, keepdim=True)).square().sum(dtype=torch.float64).item()
+        self.num_logits += off.numel()
+        self.num_tokens += window.numel()
+        self.num_same += int((logits.argmax(-1) == exact.argmax(-1)).sum())
+
+    @property
+    def perplexity(self) -> float:
+        """Of all windows' tokens but each first."""
+        return math.exp(self.loss / self.num_losses)
+
+    def figures(self) -> Row:
+        """As a row has them. `logit_error_relative`: of the logits' spread around their mean, by squares."""
+        return {
+            "perplexity": round(self.perplexity, 4),
+            "logit_error_max": round(self.greatest, 4),
+            "logit_error_mean": round(self.total / self.num_logits, 5),
+            "logit_error_relative": round(math.sqrt(self.squares / self.spread), 5),
+            "same_greedy": round(self.num_same / self.num_tokens, 5),
+        }
+
+
+class _RoundedKv:
+    """The model with keys (after rotary embedding) and values rounded before torch's attention sees them, as a cache that is written first
+    and then read does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._rounding = model, lambda x: x
+        AttentionInterface.register("rounded_kv", self._attend)
+        model.set_attn_implementation("rounded_kv")
+
+    @torch.inference_mode()
+    def logits(self, window: torch.Tensor, rounding: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """[tokens, vocabulary]"""
+        self._rounding = rounding
+        return self._model(window[None], use_cache=False).logits[0]
+
+    def _attend(self, module, query, key, value, attention_mask, **kwargs):
+        return sdpa_attention_forward(module, query, self._rounding(key), self._rounding(value), attention_mask, **kwargs)
+
+
+def _ready(num_tokens: int) -> tuple[Path, torch.Tensor, Row]:
+    """The embedded model's folder, the text's windows, and what every row says of them."""
+    from examples.embedded_model import DEFAULT_DIR, ensure_model
+
+    ensure_model(DEFAULT_DIR, progress=False)
+    windows = _windows(DEFAULT_DIR, num_tokens)
+    return DEFAULT_DIR, windows, {
+        "part": "perplexity", "model": "SmolLM2-135M-Instruct", "text": f"pydoc_data.topics of Python {platform.python_version()}",
+        "num_tokens": windows.numel(), "window": WINDOW, "versions": installed(),
+    }  # fmt: skip
 
 
 def _windows(model_dir: Path, num_tokens: int) -> torch.Tensor:

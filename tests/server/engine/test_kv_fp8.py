@@ -52,8 +52,8 @@ def first_logprobs(core, num=6):
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "deepseek_v3", "gpt_oss", "gpt2"])
 def test_it_is_the_exact_engine_on_rounded_keys_and_values_and_not_far_from_the_unrounded(model_type):
     """Equal to an engine whose cache is float32 and whose keys and values are rounded on their way there. Beside the one that rounds
-    nothing: an attention's output is off by less than e4m3's half step where scores are small (the bound of one attention is
-    model/test_kv_dtype.py's), and the rest of the model adds what is not rounded, so the logits are off by less than that of their spread."""
+    nothing: where scores are small an attention's output is off by no more than e4m3's half step of its size (model/test_kv_dtype.py has
+    the bound), and what layers add to the residual stream adds up, so the logits are off by at most a half step a layer of their spread."""
     check_against_rounded(model_type)
 
 
@@ -78,7 +78,7 @@ def check_against_rounded(model_type):
         said[rounds] = first_logprobs(plain)
     assert torch.equal(mine, said[True])
     spread = said[False] - said[False].mean(-1, keepdim=True)
-    assert 0 < float((mine - said[False]).norm() / spread.norm()) < UNIT
+    assert 0 < float((mine - said[False]).norm() / spread.norm()) < base.layout.num_layers * UNIT
 
 
 def test_what_a_sequence_reads_does_not_depend_on_how_its_prompt_was_cut():
