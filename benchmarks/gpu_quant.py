@@ -1,6 +1,7 @@
 """Quantized bases with adapters on top: speed and memory on a GPU, and what rounding does to the embedded model's perplexity.
 
     python -m benchmarks.gpu_quant --out rows.jsonl                      # on the GPU: every scheme, as long as --limit-s allows
+    python -m benchmarks.gpu_quant --option max_batch_tokens=4096 kv_cache_dtype=fp8 --out rows.jsonl     # keys and values in e4m3
     python -m benchmarks.gpu_quant --perplexity --out perplexity.jsonl   # on a CPU, with the embedded model
     python -m benchmarks.gpu_quant --perplexity --kv --out kv.jsonl      # the same of keys and values in fewer bits
     python -m benchmarks.gpu_quant --table FILE.. [--save]
@@ -25,6 +26,7 @@ from benchmarks.gpu.models import MODELS, write_model
 from benchmarks.gpu.offline import run_ours
 from benchmarks.gpu.rows import read_rows, stamp
 from benchmarks.gpu.workloads import AdapterSet, Case, sizes, throughput_case
+from benchmarks.gpu_quant_table import FP8_KV
 
 SCHEMES = ("bf16", "int4", "fp8", "int8", "hqq", "nf4")
 
@@ -74,7 +76,7 @@ def measure(arguments: argparse.Namespace) -> bool:
         one = replace(
             bench,
             options=bench.options | own,
-            stamp=bench.stamp | {"scheme": scheme},
+            stamp=bench.stamp | {"scheme": scheme + (FP8_KV if bench.options.get("kv_cache_dtype") == "fp8" else "")},
             deadline_at=time.monotonic() + min(left_s, arguments.scheme_limit_s),
         )
         started_at = time.monotonic()
@@ -89,14 +91,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parse(argv)
     try:
         if arguments.table:
-            from benchmarks.gpu_quant_table import make_result, save, table
-
-            result = make_result(read_rows(arguments.table))
-            print(table(result))
-            if arguments.save:
-                print(f"\nwrote {save(result)}")
-            print(json.dumps({"benchmark": "gpu_quant", "figures": result["figures"]}))
-            return 0
+            return _tables(arguments)
         if arguments.perplexity:
             from benchmarks.gpu_quant_perplexity import measure_kv, measure_perplexity
 
@@ -105,6 +100,23 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _tables(arguments: argparse.Namespace) -> int:
+    """The tables of what the files have rows of: schemes, keys and values, or both."""
+    from benchmarks import gpu_quant_kv_table, gpu_quant_table
+
+    rows = read_rows(arguments.table)
+    of_kv = gpu_quant_kv_table.kv_rows(rows)
+    schemes = [row for row in rows if row["part"] != "kv"]
+    for module, own in ((gpu_quant_table, schemes), (gpu_quant_kv_table, of_kv)):
+        if own or (module is gpu_quant_table and not of_kv):
+            result = module.make_result(own)
+            print(module.table(result))
+            if arguments.save:
+                print(f"\nwrote {module.save(result)}")
+            print(json.dumps({"benchmark": result["benchmark"], "figures": result["figures"]}))
+    return 0
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

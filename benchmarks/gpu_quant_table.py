@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.gpu.rows import Row
 
 RESULTS = Path(__file__).resolve().parent / "results"
+FP8_KV = ", fp8 KV"  # follows a scheme's name where keys and values were in e4m3
 _ORDER = ("bf16", "fp8", "int8", "int4", "hqq", "nf4")
 # What the columns ask for: (part, case without its adapters)
 _ONE, _MANY = "decode1 ", "decode64 "
@@ -22,7 +23,7 @@ def make_result(rows: Sequence[Row]) -> dict[str, Any]:
     speeds = [row for row in rows if row.get("scheme") and "gpu" in row and row["part"] in ("decode", "offline", "start")]
     perplexities = {row["scheme"]: row for row in rows if row["part"] == "perplexity"}
     measured = {row["scheme"] for row in speeds} | {"bf16" if name == "as it is" else name for name in perplexities}
-    schemes = {scheme: _scheme([row for row in speeds if row["scheme"] == scheme]) for scheme in _ORDER if scheme in measured}
+    schemes = {scheme: _scheme([row for row in speeds if row["scheme"] == scheme]) for scheme in _in_order(measured)}
     if "bf16" not in schemes:
         raise ValueError("there is no row of bf16")
     for scheme, values in schemes.items():
@@ -35,6 +36,10 @@ def make_result(rows: Sequence[Row]) -> dict[str, Any]:
         "figures": _figures(schemes), "schemes": schemes, "perplexities": {name: row["perplexity"] for name, row in perplexities.items()},
         "rows": speeds,
     }  # fmt: skip
+
+
+def _in_order(measured: set[str]) -> list[str]:
+    return [name for scheme in _ORDER for name in (scheme, scheme + FP8_KV) if name in measured]
 
 
 def _scheme(rows: Sequence[Row]) -> dict[str, Any]:
@@ -53,8 +58,9 @@ def _figures(schemes: dict[str, dict[str, Any]]) -> dict[str, float]:
     for scheme, values in schemes.items():
         ratio = _ratio(_of(values, _ONE + "base"), _of(schemes["bf16"], _ONE + "base"))
         share = _share(values)
-        figures |= {f"{scheme}_decode1_to_bf16": ratio} if ratio else {}
-        figures |= {f"{scheme}_lora_share_decode64": share} if share is not None else {}
+        name = scheme.replace(FP8_KV, "_fp8_kv")
+        figures |= {f"{name}_decode1_to_bf16": ratio} if ratio else {}
+        figures |= {f"{name}_lora_share_decode64": share} if share is not None else {}
     return figures
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from server.settings import Settings
-from server.settings.foreign import LORAX, LORAX_VARIABLES, NOT_QUANTIZE, QUANTIZE, VLLM, Foreign
+from server.settings.foreign import KV_DTYPES, LORAX, LORAX_VARIABLES, NOT_KV_DTYPES, NOT_QUANTIZE, QUANTIZE, VLLM, Foreign
 
 
 def lorax_flags() -> str:
@@ -18,9 +18,18 @@ def vllm_flags() -> str:
 
 def quantization_names() -> str:
     """LoRAX's values of --quantize that are called otherwise here, or refused."""
-    rows = ["| LoRAX's name | here | why |", "|---|---|---|"]
-    rows += [f"| `{name}` | `{ours}` | |" for name, ours in QUANTIZE.items()]
-    rows += [f"| `{name}` | refused | {why} |" for name, why in NOT_QUANTIZE.items()]
+    return _names("LoRAX", QUANTIZE, NOT_QUANTIZE)
+
+
+def kv_names() -> str:
+    """vLLM's values of --kv-cache-dtype that are called otherwise here, or refused."""
+    return _names("vLLM", KV_DTYPES, NOT_KV_DTYPES)
+
+
+def _names(owner: str, taken: Mapping[str, str], refused: Mapping[str, str]) -> str:
+    rows = [f"| {owner}'s name | here | why |", "|---|---|---|"]
+    rows += [f"| `{name}` | `{ours}` | |" for name, ours in taken.items()]
+    rows += [f"| `{name}` | refused | {why} |" for name, why in refused.items()]
     return "\n".join(rows)
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import gpu_quant_table
+from benchmarks import gpu_quant_kv_table, gpu_quant_table
 from benchmarks.gpu.table import newest, readme_table
 from docs import (
     cli_tables,
@@ -95,6 +95,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu_benchmark": cpu_benchmark,
     "gpu_benchmark": gpu_benchmark,
     "quantizations": gpu_quant_table.newest,
+    "kv_names": flag_tables.kv_names,
+    "kv_types": gpu_quant_kv_table.newest,
     "quantization_names": flag_tables.quantization_names,
     **cli_tables.TABLES,
     **deploy_tables.TABLES,

@@ -8,7 +8,7 @@ import pytest
 
 from infra.config import ConfigError, KitConfig
 from infra.plan import asked_by, check, main, make_plan
-from infra.plan_table import parts_of
+from infra.plan_table import as_json, as_text, parts_of
 from sizing.fit import saving
 from sizing.models import MODELS
 from tests.infra.conftest import ROOT
@@ -86,6 +86,16 @@ def test_the_servers_settings_count():
     assert memory.arena == pytest.approx((2 << 30) + 1e9, rel=0.01)
 
 
+def test_the_caches_type_counts(capsys):
+    plain, small = (check(KitConfig.load("dev", ROOT, {"server.kv_cache_dtype": kv}), ROOT) for kv in ("auto", "fp8"))
+    assert plain.fit.memory.block_bytes == 2 * small.fit.memory.block_bytes
+    assert main(["--kv-cache-dtype", "fp8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["memory"] == as_json(small)["memory"] != as_json(plain)["memory"]
+    assert "tokens; fp8" in as_text(small) and "; fp8" not in as_text(plain)
+    with pytest.raises(ConfigError, match="kv_cache_dtype must be one of auto, fp8. Given: 'fp8_e5m2'"):
+        KitConfig.load("dev", ROOT, {"server.kv_cache_dtype": "fp8_e5m2"})
+
+
 def test_the_parts_are_the_whole_card():
     plan = check(config("prod"), ROOT)
     assert sum(num_bytes for _, num_bytes, _ in parts_of(plan)) == plan.fit.memory.card
@@ -154,6 +164,7 @@ def test_what_an_adapter_takes_may_be_measured(capsys):
     [
         (["--model", "nobody/knows"], "error: model nobody/knows: its shape is not known"),
         (["--quantize", "int3"], "error: quantize: there is no scheme 'int3'"),
+        (["--kv-cache-dtype", "int8"], "error: kv_cache_dtype must be one of auto, fp8. Given: int8"),
         (["--instance", "c7i.large"], "error: c7i.large has no GPU"),
         (["--region", "af-south-1"], "error: region af-south-1 has no g6 instances"),
         (["--rank", "1000"], "error: rank: 1000 is over the limit"),

@@ -6,7 +6,7 @@ import pytest
 
 from docs.flag_tables import lorax_flags, vllm_flags
 from server.settings import Settings, SettingsError, read_settings
-from server.settings.foreign import LORAX, LORAX_VARIABLES, NOT_QUANTIZE, QUANTIZE, SAME, VLLM
+from server.settings.foreign import LORAX, LORAX_VARIABLES, NOT_KV_DTYPES, NOT_QUANTIZE, QUANTIZE, SAME, VLLM
 
 FOREIGN = [(owner, name) for owner, flags in (("LoRAX", LORAX), ("vLLM", VLLM)) for name in flags]
 
@@ -86,6 +86,21 @@ def test_loraxs_quantizations_are_ours_or_have_a_reason() -> None:
     assert read("--quantize", "auto").quantize is None
     with pytest.raises(SettingsError, match="quantize_head needs a scheme that quantizes while loading"):
         read("--quantize", "awq", "--quantize-head")
+
+
+def test_vllms_cache_types_are_ours_or_have_a_reason() -> None:
+    # vllm/config/cache.py, CacheDType
+    for name in ("auto", "fp8", "fp8_e4m3"):
+        assert read("--kv-cache-dtype", name).kv_cache_dtype == ("auto" if name == "auto" else "fp8")
+        assert read(env={"MANYLORA_KV_CACHE_DTYPE": name}) == read("--kv-cache-dtype", name)
+    for name in ("bfloat16", "float16", "fp8_e5m2", "fp8_inc", "fp8_ds_mla", "nvfp4"):
+        with pytest.raises(SettingsError) as caught:
+            read("--kv-cache-dtype", name)
+        assert f"--kv-cache-dtype (flag): '{name}' is vLLM's and not here: {NOT_KV_DTYPES[name]}" in str(caught.value)
+    with pytest.raises(SettingsError, match="--kv-cache-dtype .flag.: Input should be 'auto' or 'fp8'. Given: 'int8'"):
+        read("--kv-cache-dtype", "int8")
+    with pytest.raises(SettingsError, match="two settings here: --quantize fp8 for the weights, --kv-cache-dtype fp8"):
+        read("--quantize", "fp8-kv")
 
 
 def test_the_launchers_line_starts_us_too() -> None:

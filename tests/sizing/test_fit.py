@@ -144,3 +144,15 @@ def test_limits_that_cannot_be_are_refused_by_name(limits, said):
 def test_an_adapter_that_the_kernels_do_not_take_is_refused_by_name(rank, targets, said):
     with pytest.raises(SizingError, match=said):
         adapter_bytes(known_shape("mistral-7b"), rank, targets)
+
+
+def test_keys_and_values_in_one_byte_are_twice_the_tokens_and_read_in_half_the_time():
+    plain, small = (fit(model(kv_cache_dtype=kv), demand(num_adapters=1, concurrency=64), G6) for kv in ("auto", "fp8"))
+    assert plain.memory.block_bytes == 2 * small.memory.block_bytes == 16 * 131072
+    assert small.memory.max_tokens == pytest.approx(2 * plain.memory.max_tokens, rel=0.001)
+    assert small.memory.room == plain.memory.room and small.kv * 2 == plain.kv
+    of_kv = 64 * (256 + 64) * 131072 / 2
+    assert plain.speed.base_ms - small.speed.base_ms == pytest.approx(of_kv / (300e6 * plain.speed.base_efficiency))
+    assert small.speed.is_projection
+    with pytest.raises(SizingError, match="kv_cache_dtype must be one of auto, fp8. Given: fp8_e5m2"):
+        model(kv_cache_dtype="fp8_e5m2")

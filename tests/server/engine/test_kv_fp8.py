@@ -1,4 +1,4 @@
-"""The whole engine with keys and values in e4m3: what it says is what rounded ones mean, whoever shares the batch, and how far it is off."""
+"""The whole engine with keys and values in e4m3: it says what rounded ones mean, whoever shares the batch, and is off by little."""
 
 import json
 

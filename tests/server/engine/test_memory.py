@@ -1,10 +1,13 @@
 """The engine divides its memory by sizing's arithmetic, and an adapter takes what sizing says."""
 
+import dataclasses
+
+import msgspec
 import pytest
 import torch
 
 from server.adapters.pack import read_header
-from server.engine.backends import Backends, divide, free_bytes
+from server.engine.backends import Backends, choose_backends, divide, free_bytes
 from server.engine.graphs import MAX_MIXED_ROWS
 from server.kernels import grouped
 from server.model.arena_adapters import lay_out
@@ -26,15 +29,40 @@ def test_the_kernels_limits_are_those_that_plans_are_made_with():
     assert (memory.CAPTURED_HEAD_DIMS, memory.MAX_CAPTURED_ROWS) == (HEAD_DIMS, MAX_MIXED_ROWS)
 
 
+@pytest.mark.parametrize("kv", ["auto", "fp8"])
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "deepseek_v3"])
-def test_the_engine_divides_as_sizing_says(model_type):
+def test_the_engine_divides_as_sizing_says(model_type, kv):
     base = BaseModel(make_model(model_type, attention=ATTENTION_NAME))
+    options = msgspec.structs.replace(OPTIONS, kv_cache_dtype=kv)
+    kept_in = choose_backends(base, options).kv_dtype
     shape = shape_of(model_type, make_config(model_type).to_dict())
-    size = budget.block_bytes(shape.kv_values_per_token * 4, OPTIONS.block_size)
+    size = budget.block_bytes(shape.kv_values_per_token * budget.kv_item_bytes(kv, 4), OPTIONS.block_size)
+    assert kept_in.itemsize == budget.kv_item_bytes(kv, 4) == (1 if kv == "fp8" else 4)
     for backends, share in ((PLAIN, budget.share_apart), (ARENA, budget.share_arena)):
-        found = divide(base, OPTIONS, backends)
-        shares = share(free_bytes(base.device), size, OPTIONS)
+        backends = dataclasses.replace(backends, kv_dtype=kept_in)
+        found = divide(base, options, backends)
+        shares = share(free_bytes(base.device), size, options)
         assert (found.num_blocks, found.adapter_device_bytes, found.block_elements) == (shares.num_blocks, 1 << 20, size // 4)
+
+
+def test_a_cache_of_one_byte_holds_as_many_times_more_tokens_of_the_same_memory():
+    base, tokens = BaseModel(make_model("llama", attention=ATTENTION_NAME)), {}
+    for kv in ("auto", "fp8"):
+        options = msgspec.structs.replace(OPTIONS, num_blocks=None, kv_cache_bytes=6144 * 200, kv_cache_dtype=kv)
+        backends = choose_backends(base, options)
+        tokens[kv] = divide(base, options, backends).num_blocks * options.block_size
+        base.attach_cache(4, options.block_size, backends.kv_dtype)
+        held = sum(tensor.nbytes for tensor in (*base.attention.keys, *base.attention.values))
+        assert held == 5 * options.block_size * 3 * 2 * 2 * 8 * backends.kv_dtype.itemsize  # layers, K and V, heads, width
+    assert tokens == {"auto": 200 * 16, "fp8": 800 * 16}
+
+
+def test_a_card_without_e4m3_is_refused_at_the_start(monkeypatch):
+    base = BaseModel(make_model("llama", attention=ATTENTION_NAME))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    base.device = torch.device("cuda")
+    with pytest.raises(ValueError, match="kv_cache_dtype 'fp8' needs a GPU of compute capability 8.9 or above; this one has 8.6"):
+        choose_backends(base, msgspec.structs.replace(OPTIONS, kv_cache_dtype="fp8"))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,16 @@ def test_pages_and_runs_share_one_tensor():
     assert arena.data[6 * 64 :].abs().sum() == 0  # the block that stays zero
 
 
+def test_pages_of_another_type_lie_in_the_same_blocks():
+    arena = Arena(6, 64, torch.bfloat16, torch.device("cpu"))  # 128 bytes a block
+    keys, values = (arena.pages(offset, (4, 2, 8), torch.float8_e4m3fn) for offset in (0, 64))
+    assert keys.shape == (7, 4, 2, 8) and keys.dtype == torch.float8_e4m3fn
+    keys.view(torch.uint8)[2], values.view(torch.uint8)[2] = 1, 2
+    arena.run(3, 128).fill_(255)
+    assert arena.run(2, 128).tolist() == [1] * 64 + [2] * 64
+    assert int(keys.view(torch.uint8)[4:].sum()) == 0 and set(values.view(torch.uint8)[3].flatten().tolist()) == {255}
+
+
 def test_blocks_are_aligned():
     with pytest.raises(ValueError, match="multiple of 64"):
         Arena(4, 5, torch.float32, torch.device("cpu"))

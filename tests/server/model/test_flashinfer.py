@@ -1,11 +1,15 @@
 """What FlashInfer is told of a step, against the plain meaning of block tables. FlashInfer itself runs in engine/test_gpu.py."""
 
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from server.model.attention import AttentionShape, SequenceSpan
-from server.model.flashinfer import index, why_not
+from server.memory.arena import Arena
+from server.model.attention import AttentionShape, PagedAttention, SequenceSpan
+from server.model.flashinfer import FlashInferAttention, index, why_not
 
 SIZE = 4
 
@@ -56,3 +60,64 @@ def test_what_it_cannot_compute_is_said(dim, value_dim, sinks, dtype, reason):
     shape = AttentionShape(2, dim, value_dim, None, 4, 1.0, None, sinks)
     assert reason in why_not([shape], dtype, torch.device("cuda"))
     assert why_not([shape], dtype, torch.device("cpu")) == "there is no GPU"
+
+
+class Wrapper:
+    """Takes the place of FlashInfer's: notes what it is planned with, and computes the plain meaning of what lies in the pages."""
+
+    made = []
+
+    def __init__(self, workspace, layout, backend, **options):
+        self.layout, self.backend, self.planned = layout, backend, None
+        self._float_workspace_buffer, self._cached_module = workspace, self
+        self._int_workspace_buffer = self._pin_memory_int_workspace_buffer = torch.zeros(1)
+        self.is_cuda_graph_enabled = "use_cuda_graph" in options
+        Wrapper.made.append(self)
+
+    def plan(self, *args, **types):
+        if types:  # its own plan; otherwise the module's beneath it
+            self.planned = types
+        return args
+
+    def run(self, query, pages, out):
+        assert query.dtype == self.planned["q_data_type"] == out.dtype
+        assert {page.dtype for page in pages} == {self.planned["kv_data_type"]}
+        keys, values = (page.to(query.dtype) for page in pages)
+        for i in range(len(self._paged_kv_last_page_len_buf)):
+            first, last = self._paged_kv_indptr_buf[i : i + 2].tolist()
+            rows = slice(*self._qo_indptr_buf[i : i + 2].tolist())
+            context = (last - first - 1) * SIZE + int(self._paged_kv_last_page_len_buf[i])
+            k, v = (x[self._paged_kv_indices_buf[first:last].long()].flatten(0, 1)[:context] for x in (keys, values))
+            num = rows.stop - rows.start
+            seen = torch.arange(context) <= torch.arange(context - num, context)[:, None]
+            q, k, v = query[rows].transpose(0, 1), k.transpose(0, 1).repeat_interleave(2, 0), v.transpose(0, 1).repeat_interleave(2, 0)
+            out[rows] = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=0.125).transpose(0, 1)
+        return out
+
+
+@pytest.mark.parametrize("kept_in", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_it_is_planned_for_the_types_of_queries_and_of_pages(kept_in, monkeypatch):
+    """One layer over an arena's strided pages: our write, our plan, and the attention that the plan describes; against torch's."""
+    pytest.importorskip("server.kernels.cache", reason="Triton is not installed", exc_type=ImportError)
+    monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(BatchPrefillWithPagedKVCacheWrapper=Wrapper))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(FlashInferAttention, "pinned", lambda self, key, which: None)
+    Wrapper.made.clear()
+    shape, here = AttentionShape(2, 64, 64, None, 4, 0.125), torch.device("cpu")
+    elements = SIZE * 2 * 64
+    arena = Arena(40, 2 * elements * kept_in.itemsize // 2, torch.bfloat16, here)
+    keys, values = (arena.pages(part * elements, (SIZE, 2, 64), kept_in) for part in (0, 1))
+    mine = FlashInferAttention([shape], [keys], [values], SIZE, 64, torch.bfloat16)
+    right = PagedAttention.allocate([shape], 40, SIZE, kept_in, here)
+    assert [wrapper.planned["kv_data_type"] for wrapper in Wrapper.made] == [kept_in] and Wrapper.made[0].backend == "fa2"
+    torch.manual_seed(0)
+    for spans in ([span(0, 7, 7, 0), span(7, 1, 1, 10)], [span(0, 1, 8, 0), span(1, 1, 2, 10)], [span(0, 5, 13, 0)]):
+        num = spans[-1].start + spans[-1].num_tokens
+        q, k, v = torch.randn(num, 4, 64).bfloat16(), torch.randn(num, 2, 64).bfloat16(), torch.randn(num, 2, 64).bfloat16() * 200
+        said = []
+        for attention in (mine, right):
+            attention.plan(spans)
+            said.append(attention.run(0, q, k, v, 0.125, None, None).float())
+        torch.testing.assert_close(*said, atol=2.0, rtol=2e-2)
+    assert torch.equal(keys.float(), right.keys[0].float()) and torch.equal(values.float(), right.values[0].float())
+    assert float(values.float().abs().max()) == 448 if kept_in == torch.float8_e4m3fn else float(values.float().abs().max()) > 448
