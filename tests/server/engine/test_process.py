@@ -84,10 +84,11 @@ class Engine:
 
 
 async def test_a_life(tmp_path, model_dir):
-    engine = Engine(tmp_path, model_dir)
+    engine = Engine(tmp_path, model_dir, kv_cache_dtype="fp8")
     try:
         ready = await engine.receive(Ready)
         assert ready.layout.model_type == "llama" and set(ready.start_s) == {"load", "allocate", "warm_up"}
+        assert ready.versions["kv_cache_dtype"] == "float8_e4m3fn"
         ref = pack(save_adapter(tmp_path / "adapter", "llama"), ready.layout, tmp_path / "adapter.pack")
         params = SamplingParams(max_new_tokens=5)
         engine.socket.send(Prefetch(ref))
