@@ -2,13 +2,15 @@
 
     python -m benchmarks.gpu_quant --out rows.jsonl                      # on the GPU: every scheme, as long as --limit-s allows
     python -m benchmarks.gpu_quant --option max_batch_tokens=4096 kv_cache_dtype=fp8 --out rows.jsonl     # keys and values in e4m3
+    python -m benchmarks.gpu_quant --engine vllm --vllm-site DIR --out rows.jsonl   # vLLM's fp8 and AWQ on the same cases
     python -m benchmarks.gpu_quant --perplexity --out perplexity.jsonl   # on a CPU, with the embedded model
     python -m benchmarks.gpu_quant --perplexity --kv --out kv.jsonl      # the same of keys and values in fewer bits
     python -m benchmarks.gpu_quant --table FILE.. [--save]
 
 Speed: Mistral-7B's shape with random weights, rounded at the start as a checkpoint would be; each scheme in a process of its own, rows
-appended as they come. Perplexity: of SmolLM2-135M on the reference that Python carries with it (pydoc_data.topics). The embedded model was
-4-bit once (Q4_1), which flatters what 4 bits do to it.
+appended as they come. vLLM rounds to fp8 while it loads, as ours does; its AWQ (what `int4` is in size and form) is of a checkpoint whose
+weights are made up, with the kernel that it chooses and with Marlin's. Perplexity: of SmolLM2-135M on the reference that Python carries
+with it (pydoc_data.topics). The embedded model was 4-bit once (Q4_1), which flatters what 4 bits do to it.
 """
 
 import argparse
@@ -22,13 +24,20 @@ from typing import Any
 
 from benchmarks.gpu.__main__ import _default_work, _option
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.models import MODELS, write_model
-from benchmarks.gpu.offline import run_ours
+from benchmarks.gpu.models import AWQ, MODELS, write_model
+from benchmarks.gpu.offline import run_ours, run_vllm
 from benchmarks.gpu.rows import read_rows, stamp
 from benchmarks.gpu.workloads import AdapterSet, Case, sizes, throughput_case
 from benchmarks.gpu_quant_table import FP8_KV
 
 SCHEMES = ("bf16", "int4", "fp8", "int8", "hqq", "nf4")
+# vLLM's: arguments of its LLM, and what the checkpoint says of itself
+VLLM_SCHEMES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
+    "bf16": ({}, None),
+    "fp8": ({"quantization": "fp8"}, None),
+    "awq": ({}, AWQ),
+    "awq-marlin": ({"linear_backend": "marlin"}, AWQ),
+}
 
 
 def cases(model: str, names: Sequence[str]) -> list[Case]:
@@ -45,7 +54,7 @@ def cases(model: str, names: Sequence[str]) -> list[Case]:
 
 
 def measure(arguments: argparse.Namespace) -> bool:
-    """Every scheme while there is time. False if one of them did not come to its end."""
+    """Every scheme of each engine while there is time. False if one of them did not come to its end."""
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     deadline_at = time.monotonic() + arguments.limit_s
@@ -57,33 +66,45 @@ def measure(arguments: argparse.Namespace) -> bool:
         out=arguments.out,
         stamp=stamp(arguments.model, arguments.device, arguments.commit),
         repeats=arguments.repeats,
-        vllm_repeats=0,
+        vllm_repeats=arguments.repeats,
         deadline_at=deadline_at,
         options=dict(arguments.option),
-        vllm_site=None,
-        vllm_options={},
+        vllm_site=arguments.vllm_site,
+        vllm_options=dict(arguments.vllm_option),
         max_loras=(),
         num_clients=0,
     )
     done = True
-    for scheme in arguments.scheme:
+    asked = [(engine, scheme) for engine in arguments.engine for scheme in _schemes(engine, arguments.scheme)]
+    for engine, scheme in asked:
         left_s = deadline_at - time.monotonic()
         if left_s < arguments.least_s:
-            print(f"{scheme}: no time left", flush=True)
+            print(f"{engine}, {scheme}: no time left", flush=True)
             done = False
             continue
-        own = {} if scheme == "bf16" else {"quantize": scheme}
-        one = replace(
-            bench,
-            options=bench.options | own,
-            stamp=bench.stamp | {"scheme": scheme + (FP8_KV if bench.options.get("kv_cache_dtype") == "fp8" else "")},
-            deadline_at=time.monotonic() + min(left_s, arguments.scheme_limit_s),
-        )
+        limited = replace(bench, deadline_at=time.monotonic() + min(left_s, arguments.scheme_limit_s))
         started_at = time.monotonic()
-        ended = run_ours(one, cases(arguments.model, arguments.case))
-        print(f"{scheme}: {'done' if ended else 'not all of it'} in {time.monotonic() - started_at:.0f} s", flush=True)
+        ended = _run(limited, engine, scheme, cases(arguments.model, arguments.case))
+        print(f"{engine}, {scheme}: {'done' if ended else 'not all of it'} in {time.monotonic() - started_at:.0f} s", flush=True)
         done &= ended
     return done
+
+
+def _schemes(engine: str, names: Sequence[str]) -> list[str]:
+    """Those of the names that the engine has; all that it has if none is named."""
+    known = tuple(VLLM_SCHEMES) if engine == "vllm" else SCHEMES
+    return [name for name in names or known if name in known]
+
+
+def _run(bench: Bench, engine: str, scheme: str, chosen: Sequence[Case]) -> bool:
+    of_keys = FP8_KV if engine == "ours" and bench.options.get("kv_cache_dtype") == "fp8" else ""
+    one = replace(bench, stamp=bench.stamp | {"scheme": scheme + of_keys})
+    if engine == "ours":
+        own = {} if scheme == "bf16" else {"quantize": scheme}
+        return run_ours(replace(one, options=bench.options | own), chosen)
+    options, quantization = VLLM_SCHEMES[scheme]
+    model_dir = write_model(bench.work, bench.model, quantization)
+    return run_vllm(replace(one, model_dir=model_dir, vllm_options=options | bench.vllm_options), chosen)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -128,7 +149,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="make the table of these files of rows")
     parser.add_argument("--save", action="store_true", help="with --table: keep the result under benchmarks/results")
     parser.add_argument("--out", type=Path, default=Path("quant.jsonl"), help="file that rows are appended to (%(default)s)")
-    parser.add_argument("--scheme", nargs="+", choices=SCHEMES, default=list(SCHEMES), help="in this order (all)")
+    parser.add_argument("--engine", nargs="+", choices=["ours", "vllm"], default=["ours"], help="in this order (ours)")
+    parser.add_argument("--scheme", nargs="+", choices=[*dict.fromkeys((*SCHEMES, *VLLM_SCHEMES))], default=[], help="in this order (all)")
+    parser.add_argument("--vllm-site", type=Path, help="folder that vLLM is in; without it, it must be importable")
+    parser.add_argument("--vllm-option", nargs="*", type=_option, default=[], metavar="NAME=VALUE", help="more arguments of vLLM's LLM")
     parser.add_argument("--case", nargs="+", default=[], metavar="NAME", help="beginnings of cases' names, or 'decode', 'offline' (all)")
     parser.add_argument("--tokens", type=int, default=8192, help="of the text, for the perplexity (%(default)s)")
     parser.add_argument("--model", choices=sorted(MODELS), default="mistral-7b")

@@ -77,6 +77,8 @@ MODELS["tiny"] = MODELS["mistral-7b"] | dict(
     max_position_embeddings=2048,
 )
 MODELS["marked"] = MODELS["tiny"] | dict(vocab_size=8192)  # of benchmarks.soak: room for a pair of tokens for each version of each adapter
+# What a checkpoint of AutoAWQ says of itself. The head is named, so that vLLM does not look into the files that are not there.
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm", "modules_to_not_convert": ["lm_head"]}
 MODULES = {"all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "qv": ["q_proj", "v_proj"]}
 
 
@@ -103,11 +105,12 @@ def linears(model: str, modules: str) -> list[tuple[str, int, int]]:
     ]
 
 
-def write_model(root: Path, model: str) -> Path:
-    """The model's folder below `root`: config, tokenizer, no weights."""
-    folder = root / "models" / model
+def write_model(root: Path, model: str, quantization: dict[str, Any] | None = None) -> Path:
+    """The model's folder below `root`: config, tokenizer, no weights. `quantization`: the config's quantization_config."""
+    folder = root / "models" / (model if quantization is None else f"{model}-{quantization['quant_method']}")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(MODELS[model]))
+    more = {} if quantization is None else {"quantization_config": quantization}
+    (folder / "config.json").write_text(json.dumps(MODELS[model] | more))
     (folder / "generation_config.json").write_text("{}")
     (folder / "tokenizer_config.json").write_text("{}")
     tokenizer: dict[str, Any] = {

@@ -1,8 +1,8 @@
 """The parts that call engines directly: which program runs which cases, one after the other, within the time.
 
-Owns the subprocesses and the stamping of their rows. Ours takes all cases in one start; vLLM needs a start for each set of adapters and
-each max_loras, since it cannot serve another rank or number of them. Called by __main__, and by served
-for the engine called directly.
+Owns the subprocesses and the stamping of their rows. Ours takes all cases in one start; vLLM needs one for the base, one for each rank
+and number of adapters, and one for each max_loras, which it is started with. Called by __main__, by gpu_quant, and by served for the
+engine called directly.
 """
 
 import importlib.util
@@ -26,16 +26,18 @@ def run_ours(bench: Bench, cases: Sequence[Case]) -> bool:
 
 
 def run_vllm(bench: Bench, cases: Sequence[Case]) -> bool:
-    """The cases by configuration: LoRA off for the base, then each set of adapters. False if one failed or there was no time for it."""
+    """The cases by configuration: LoRA off for the base, then each size of adapters; sets of one size share a start. False if one failed or
+    there was no time for it."""
     environment = _vllm_environment(bench.vllm_site)
     if environment is None:
         print("vllm: cannot be imported here; left out (--vllm-site names the folder that it is in)", flush=True)
         return True
     done = True
-    for adapters in dict.fromkeys(case.adapters for case in cases):
-        chosen = [case for case in cases if case.adapters == adapters]
-        folders = {adapters.name: [str(folder) for folder in write_adapters(bench.work, bench.model, adapters)]} if adapters else {}
-        for max_loras in _max_loras(bench, adapters):
+    for size in dict.fromkeys(_size(case.adapters) for case in cases):
+        chosen = [case for case in cases if _size(case.adapters) == size]
+        sets = dict.fromkeys(case.adapters for case in chosen if case.adapters)
+        folders = {each.name: [str(folder) for folder in write_adapters(bench.work, bench.model, each)] for each in sets}
+        for max_loras in _max_loras(bench, chosen[0].adapters):
             plan = bench.plan(
                 chosen,
                 repeats=bench.vllm_repeats,
@@ -44,6 +46,11 @@ def run_vllm(bench: Bench, cases: Sequence[Case]) -> bool:
             )
             done &= _run_program(bench, "peer_vllm", plan, environment)
     return done
+
+
+def _size(adapters: AdapterSet | None) -> tuple[int, int] | None:
+    """What vLLM is started with."""
+    return (adapters.rank, adapters.count) if adapters else None
 
 
 def _max_loras(bench: Bench, adapters: AdapterSet | None) -> tuple[int, ...]:

@@ -1,9 +1,10 @@
 """vLLM on the offline cases, in process: `python -m benchmarks.gpu.peer_vllm PLAN ROWS`. One process for each configuration of vLLM.
 
 Run where vLLM can be imported (benchmarks.gpu.offline puts --vllm-site on the path), it imports nothing of server/. Its dummy weights, its
-defaults, prefix cache off, as many sequences as ours; flags that make it faster are the plan's.
+defaults, prefix cache off, as many sequences as ours; flags that make it faster, and how it quantizes, are the plan's.
 """
 
+import itertools
 import os
 import sys
 import time
@@ -42,16 +43,30 @@ class VllmEngine:
             "enable_prefix_caching": False,
             "disable_log_stats": True,
         }
-        adapters = next((case.adapters for case in plan.cases if case.adapters), None)
-        if adapters is not None:
+        sets = list(dict.fromkeys(case.adapters for case in plan.cases if case.adapters))
+        if sets:
             max_loras = plan.vllm["max_loras"]
-            cpu = max(max_loras, adapters.count)
-            arguments |= {"enable_lora": True, "max_lora_rank": max(8, adapters.rank), "max_loras": max_loras, "max_cpu_loras": cpu}
+            cpu = max(max_loras, sum(adapters.count for adapters in sets))
+            rank = max(8, *(adapters.rank for adapters in sets))
+            arguments |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": max_loras, "max_cpu_loras": cpu}
         self.settings = arguments | plan.vllm
         self.vocab_size = MODELS[plan.model]["vocab_size"]
-        folders = plan.adapter_folders.get(adapters.name, []) if adapters else []
-        self._requests = [LoRARequest(Path(folder).name, number, folder) for number, folder in enumerate(folders, 1)]
+        numbers = itertools.count(1)
+        self._requests = {
+            adapters.name: [
+                LoRARequest(f"{adapters.name}-{Path(folder).name}", next(numbers), folder) for folder in plan.adapter_folders[adapters.name]
+            ]
+            for adapters in sets
+        }
+        self._touches = {case.adapters: case for case in warm_up_cases(plan.cases)}  # the last of a set has one token of each adapter
+        self._there = sets[0] if len(sets) == 1 else None
         self._llm = LLM(**self.settings)
+
+    def prepare(self, case: Case) -> None:
+        """Where sets take each other's places, have the case's adapters on the device before it is measured."""
+        if case.adapters not in (None, self._there):
+            self._there = case.adapters
+            self.run(self._touches[case.adapters], 0)
 
     def run(self, case: Case, repeat: int) -> float:
         """Seconds for all requests. RuntimeError if they did not get their tokens."""
@@ -59,7 +74,8 @@ class VllmEngine:
 
         prompts = [{"prompt_token_ids": ids} for ids in case.prompts(self.vocab_size, repeat)]
         params = SamplingParams(temperature=0.0, max_tokens=case.num_new, ignore_eos=True, detokenize=False)
-        adapters = [self._requests[pick] for pick in case.picks() if pick is not None] or None
+        known = self._requests[case.adapters.name] if case.adapters else []
+        adapters = [known[pick] for pick in case.picks() if pick is not None] or None
         started_at = time.perf_counter()
         outputs = self._llm.generate(prompts, params, lora_request=adapters, use_tqdm=False)
         seconds = time.perf_counter() - started_at
@@ -69,7 +85,7 @@ class VllmEngine:
 
 
 def main(plan_path: str, rows_path: str) -> int:
-    """Measure every case of the plan; cases with adapters all use the same set."""
+    """Measure every case of the plan. Its sets of adapters fit max_loras, each by itself."""
     plan, rows = Plan.read(Path(plan_path)), Path(rows_path)
     os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
     started_at = time.monotonic()
@@ -80,6 +96,7 @@ def main(plan_path: str, rows_path: str) -> int:
     for case in warm_up_cases(plan.cases):
         engine.run(case, 0)
     for case, repeat in repeats(plan):
+        engine.prepare(case)
         row = result(case, repeat, engine.run(case, repeat))
         print(f"vllm: {case.part}, {case.name}, repeat {repeat}: {row['rate']} tokens/s", flush=True)
         append_row(rows, common | row)

@@ -1,6 +1,7 @@
 """The benchmark of quantized bases: its cases, its result and its table; the programs themselves on the tiny model."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from benchmarks.gpu import models
 from benchmarks.gpu.models import MODELS
 from benchmarks.gpu.rows import read_rows
 from benchmarks.gpu_quant_table import make_result, table
+from server.model.quantization import awq
 
 MACHINE = {
     "gpu": "NVIDIA H100 80GB HBM3",
@@ -64,6 +66,56 @@ def test_a_result_has_medians_ratios_shares_and_drifts():
     assert lines[3].startswith("| int4 | 6.0 | 3.00 (2.00x) | - | 3.00 (2.00x) | 3.75 (20%) | - | 3333 | 3000 | +3.12% |")
     with pytest.raises(ValueError, match="there is no row of bf16"):
         make_result(rows_of("int4", 3.0))
+
+
+def test_vllm_stands_beside_what_is_alike_and_the_faster_of_its_kernels_counts():
+    there = [
+        other | {"engine": "vllm", "scheme": name, "versions": {"vllm": "0.26.0"}}
+        for name, ms in (("bf16", 5.0), ("awq", 4.0), ("awq-marlin", 2.5))
+        for other in rows_of(name, ms)
+        if other["case"] in ("decode1 base", "base")
+    ]
+    result = make_result([*rows_of("bf16", 6.0), *rows_of("int4", 3.0), *there])
+    assert list(result["schemes"]) == ["bf16", "int4"] and list(result["vllm"]["schemes"]) == ["bf16", "awq", "awq-marlin"]
+    ratios = {name: value for name, value in result["figures"].items() if name.endswith("_to_vllm")}
+    assert ratios == {
+        "bf16_decode1_to_vllm": pytest.approx(5 / 6, abs=1e-3), "bf16_offline_to_vllm": pytest.approx(5 / 6, abs=1e-3),
+        "int4_decode1_to_vllm": pytest.approx(2.5 / 3, abs=1e-3), "int4_offline_to_vllm": pytest.approx(2.5 / 3, abs=1e-3),
+    }  # fmt: skip
+    lines = table(result).splitlines()
+    assert "| int4 / awq | 3.00 / 2.50 m (0.83x) | - | - | - | - | 3333 / 4000 m (0.83x) | - |" in lines
+    assert lines[-1] == "vLLM: vllm 0.26.0; of AWQ's kernels the faster, m: Marlin's."
+    other_card = [row | {"gpu_uuid": "other"} if row.get("engine") == "vllm" else row for row in result["rows"]]
+    assert table(make_result(other_card)).endswith(" Not all of vLLM's rows are of the same card.")
+    assert "vLLM" not in table(make_result(rows_of("bf16", 6.0)))
+
+
+def test_vllm_is_asked_for_fp8_and_awq_on_the_same_cases(tmp_path, vllm_site):
+    out, work = tmp_path / "rows.jsonl", tmp_path / "work"
+    arguments = ["--model", "tiny", "--device", "cpu", "--engine", "vllm", "--vllm-site", str(vllm_site()), "--repeats", "1",
+                 "--out", str(out), "--work", str(work)]  # fmt: skip
+    assert gpu_quant.main([*arguments, "--scheme", "fp8", "awq", "awq-marlin", "int4"]) == 0
+    rows = read_rows([out])
+    names = [case.name for case in gpu_quant.cases("tiny", [])]
+    for scheme in ("fp8", "awq", "awq-marlin"):
+        measured = [row for row in rows if row["scheme"] == scheme and row["part"] != "start"]
+        assert sorted(row["case"] for row in measured) == sorted(names)
+        assert all(row["engine"] == "vllm" and row["versions"] == measured[0]["versions"] for row in measured)
+    starts = [json.loads(line) for line in (work / "models" / "llm.jsonl").read_text().splitlines()]
+    # The base has a start of its own; both sets of adapters share one, and take each other's places on the device.
+    lora = [(False, 1, None), (True, 3, 6)] * 3
+    assert [(start["enable_lora"], start["max_loras"], start["max_cpu_loras"]) for start in starts] == lora
+    assert [(start.get("quantization"), start.get("linear_backend")) for start in starts[::2]] == [
+        ("fp8", None), (None, None), (None, "marlin"),
+    ]  # fmt: skip
+    configs = [json.loads((Path(start["model"]) / "config.json").read_text()) for start in starts[::2]]
+    assert "quantization_config" not in configs[0] and configs[1] == configs[2]
+    awq.SCHEME.reader(configs[1]["quantization_config"])  # what ours reads as AWQ too
+    calls = [json.loads(line) for line in (work / "models" / "calls.jsonl").read_text().splitlines()]
+    there: set[str] = set()  # a set's adapters lie on the device until another set is run
+    for loras, max_tokens in (({*call["loras"]}, call["max_tokens"]) for call in calls if call["loras"]):
+        assert max_tokens <= 2 or loras <= there, "measured before every adapter of the call had run"
+        there = there | loras if {name[:5] for name in there} == {name[:5] for name in loras} else loras
 
 
 def test_a_scheme_is_measured_in_a_process_of_its_own(tmp_path):
