@@ -43,10 +43,12 @@ def weights_of(shape: ModelShape, scheme: str | None = None, dtype: str = "bf16"
     if shape.num_params_seen is not None and shape.quantization is None:
         extra = round((shape.num_params_seen - shape.num_params) * item_bytes)
     elif shape.stored_bytes is not None and chosen.name == shape.quantization:
-        extra = shape.stored_bytes - (linears + round(experts * per_expert) + embedding + head + other)
+        stored = sum(_linear_bytes(linear, chosen, item_bytes, in_file=True) for group in shape.groups for linear in group)
+        extra = max(0, shape.stored_bytes - (stored + round(experts * per_expert) + embedding + head + other))
     return Weights(linears, round(experts * per_expert), embedding, head, other, extra)
 
 
-def _linear_bytes(linear: Linear, scheme: Scheme, item_bytes: float) -> int:
+def _linear_bytes(linear: Linear, scheme: Scheme, item_bytes: float, *, in_file: bool = False) -> int:
     bias = round(linear.out_features * item_bytes) if linear.has_bias else 0
-    return scheme.num_bytes(linear.out_features, linear.in_features) + bias
+    num_bytes = scheme.file_bytes if in_file else scheme.num_bytes
+    return num_bytes(linear.out_features, linear.in_features) + bias

@@ -1,5 +1,7 @@
 """The schemes by their names and LoRAX's, and what they make of a weight."""
 
+from dataclasses import replace
+
 import pytest
 
 from sizing.errors import SizingError
@@ -19,8 +21,10 @@ def test_every_alias_is_of_a_scheme():
         ("bf16", 1024 * 4096 * 2),
         ("fp8", 1024 * (4096 + 4)),
         ("int4", 1024 * (2048 + 32 * 4)),
-        ("awq", 1024 * (2048 + 32 * 2.5)),
-        ("gptq", 1024 * (2048 + 32 * 2.5) + 4096 * 4),
+        ("int8", 1024 * (4096 + 4)),
+        ("awq", 1024 * (2048 + 32 * 4)),
+        ("gptq", 1024 * (2048 + 32 * 4) + 4096 * 8),
+        ("nf4", 1024 * (2048 + 64 * 2)),
         ("hqq", 1024 * (2048 + 64 * 4)),
     ],
 )
@@ -29,7 +33,20 @@ def test_a_weight_takes_its_values_and_its_scales(scheme, num_bytes):
 
 
 def test_a_group_that_is_not_full_takes_a_whole_scale():
-    assert scheme_named("int4").num_bytes(1, 129) == round(129 / 2 + 2 * 4)
+    assert scheme_named("awq").num_bytes(1, 129) == 2 * 64 + 2 * 4  # and a unit that is not full a whole one's words
+    assert scheme_named("awq").file_bytes(2, 129) == round(2 * (129 / 2 + 2 * 2.5))
+
+
+def test_what_the_files_have_beyond_the_shape_is_told_by_the_files_own_bytes():
+    shape = replace(known_shape("mistral-7b"), quantization="awq")
+    in_files = sum(scheme_named("awq").file_bytes(each.out_features, each.in_features) for group in shape.groups for each in group)
+    plain = weights_of(known_shape("mistral-7b"))
+    rest = plain.embedding + plain.head + plain.other
+    whole = weights_of(shape)
+    assert whole.total - rest > in_files  # zeros take 16 bits on the device, 4 in the files
+    assert weights_of(replace(shape, stored_bytes=in_files + rest)) == whole
+    assert weights_of(replace(shape, stored_bytes=in_files + rest + 1000)).extra == 1000
+    assert weights_of(replace(shape, stored_bytes=in_files)).extra == 0
 
 
 def test_int8_and_int4_cut_the_weights_to_a_half_and_a_quarter():
