@@ -2,8 +2,8 @@
 
 Mistral-7B's four groups a layer, as many layers of weights of their own as the card's L2 cannot keep, inside CUDA graphs. Each case (a
 code, a number of rows, a group): relative error against the plain meaning on fresh inputs; microseconds with the card's choice and with the
-best of a sweep; microseconds of cuBLAS on the bf16 weight; what the bytes alone take. A row of JSON each, appended as it comes; the last
-line of output is the table that is asked for first: microseconds a layer by code and rows.
+best of a sweep (gpu_quant_choices); microseconds of cuBLAS on the bf16 weight; what the bytes alone take. A row of JSON each, appended as
+it comes; the last line of output is the table that is asked for first: microseconds a layer by code and rows.
 """
 
 import argparse
@@ -20,9 +20,10 @@ import triton
 
 from benchmarks.gpu_kernels import card_here, graph_ms
 from benchmarks.gpu_kernels_cases import DEVICE, DTYPE, WIDTHS
+from benchmarks.gpu_quant_choices import variations
 from server.kernels.quantized import QuantizedWeight, multiply_reference, pack
 from server.kernels.quantized_kernels import multiply
-from server.kernels.quantized_launch import Choice, Dense, Few, Tile, choose
+from server.kernels.quantized_launch import Choice, Dense, Few, Strip, Tile, choose
 
 LAYERS = 6
 MAX_ERROR = 1.5e-2  # bf16 operands and a bf16 result
@@ -73,29 +74,14 @@ def random_weight(code: Code, n: int, k: int, device: str = DEVICE) -> Quantized
     return QuantizedWeight(code.code, data, (scales / 4).half(), zeros, k, group, None, code.zeros != "any")
 
 
-def variations(code: Code, num_rows: int, in_features: int, out_features: int) -> list[Choice]:
-    """The card's choice, then others worth a try."""
-    found: list[Choice] = [choose(card_here(), num_rows, in_features, out_features, code.code)]
-    block_m = next((m for m in (16, 32) if num_rows <= m), 64)
-    splits = (1, 2, 4, 8) if num_rows <= 64 else (1, 2)
-    if code.bits == 8:
-        shapes = [(64, 4, 4, False), (64, 2, 4, False), (128, 8, 4, False)]
-    else:
-        shapes = [(64, 2, 4, True), (64, 2, 6, True), (32, 2, 4, False), (128, 4, 4, True), (64, 4, 4, False), (128, 8, 4, False)]
-    if num_rows <= 512:
-        found += [Tile(block_m, n, split, warps, stages, ahead) for n, warps, stages, ahead in shapes for split in splits]
-    if 64 < num_rows <= 512:
-        found += [Tile(128, 128, split, 8, 3, ahead) for split in (1, 2) for ahead in (False, True)]
-    if code.bits == 8 and num_rows <= 2:
-        found += [Few(num_rows, n, warps) for n, warps in ((2, 2), (4, 1), (4, 2), (4, 4))]
-    if num_rows >= 32:
-        found += [Dense(rows) for rows in ((4096, 1 << 30) if num_rows > 512 else (1 << 30,))]
-    return list(dict.fromkeys(found))
-
-
 def _job(code: Code, num_rows: int, in_features: int, choice: Choice) -> Job:
-    """The same for all numbers of rows that share what is compiled."""
-    return Job(code, num_rows if isinstance(choice, Few) else 16 if isinstance(choice, Tile) else 512, in_features, choice)
+    """The same for all numbers of rows and inputs that share what is compiled."""
+    if isinstance(choice, Few):
+        return Job(code, num_rows, in_features, choice)
+    rows = {Tile: 16, Strip: 8}.get(type(choice), 512)
+    if isinstance(choice, Tile) and not choice.join:
+        choice = choice._replace(split_k=min(2, choice.split_k))
+    return Job(code, rows, in_features if isinstance(choice, Dense) else 4096, choice)
 
 
 def compile_job(job: Job) -> None:
@@ -125,11 +111,13 @@ class Bench:
         self.weights = {g: [random_weight(code, sum(outs), k) for _ in range(LAYERS)] for g, (k, outs) in WIDTHS.items()}
 
     def error(self, group: str, num_rows: int, choice: Choice) -> float:
-        """Relative to the plain meaning in float32."""
+        """Relative to the plain meaning in float32; infinite if a second product is not the same bits."""
         weight = self.weights[group][1]
         x = torch.randn(num_rows, weight.in_features, device=DEVICE).to(DTYPE)
         right = multiply_reference(x.float(), weight)
-        return ((multiply(x, weight, None, choice).float() - right).norm() / right.norm()).item()
+        y = multiply(x, weight, None, choice)
+        same = torch.equal(y, multiply(x, weight, None, choice))
+        return ((y.float() - right).norm() / right.norm()).item() if same else float("inf")
 
     def us(self, group: str, num_rows: int, choice: Choice) -> float:
         """Microseconds a product, one after another through the layers' weights."""
@@ -176,8 +164,9 @@ def measure(bench: Bench, group: str, num_rows: int, choices: list[Choice], dead
     num_bytes = weight.num_bytes + num_rows * (k + sum(outs)) * 2
     return {
         "code": bench.code.name, "rows": num_rows, "group": group, "default": default, "default_us": tried.get(default), "best": best,
-        "best_us": tried.get(best), "error": errors.get(default), "floor_us": num_bytes / card_here().bytes_per_s * 1e6,
-        "bits_a_weight": 8 * weight.num_bytes / (k * sum(outs)), "tried_us": {c: round(us, 2) for c, us in tried.items()}, "wrong": wrong,
+        "best_us": tried.get(best), "error": errors.get(default), "best_error": errors.get(best),
+        "floor_us": num_bytes / card_here().bytes_per_s * 1e6, "bits_a_weight": 8 * weight.num_bytes / (k * sum(outs)),
+        "tried_us": {c: round(us, 2) for c, us in tried.items()}, "wrong": wrong,
     }  # fmt: skip
 
 
@@ -194,8 +183,9 @@ def main() -> None:
     deadline = time.monotonic() + options.seconds
     codes = [code for code in CODES if code.name in options.codes]
     plan = {
-        (code.name, num_rows, group): variations(code, num_rows, k, sum(outs))[: 1 if options.no_sweep or code.name == "nf4" else None]
-        for code in codes for num_rows in options.rows for group, (k, outs) in WIDTHS.items()
+        (code.name, num_rows, group): variations(choose(card_here(), num_rows, k, sum(outs), code.code), code.bits, num_rows)[
+            : 1 if options.no_sweep or code.name == "nf4" else None
+        ] for code in codes for num_rows in options.rows for group, (k, outs) in WIDTHS.items()
     }  # fmt: skip
     compile_all(
         {_job(code, rows, WIDTHS[group][0], choice) for code in codes for (name, rows, group), all in plan.items() if name == code.name

@@ -19,8 +19,10 @@ class Few(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """`block_n` rows of the weight by `block_m` rows of x a program; K in `split_k` parts, whose sums a second launch adds up. `ahead`:
-    scales of 4-bit codes are loaded a unit before they are used. Two warps a program multiply by mma.sync, four by wgmma where there is."""
+    """`block_n` rows of the weight by `block_m` rows of x a program; K in `split_k` parts, whose sums a second launch adds up, or, of
+    4-bit codes with `join`, the program of a tile that comes last. `ahead`: scales of 4-bit codes are loaded a unit before they are used.
+    `scaled`: numbers of 4-bit codes are multiplied by their scales before the product, which rounds them to x's type, and saves a second
+    set of sums. Two warps a program multiply by mma.sync, four by wgmma where there is."""
 
     block_m: int
     block_n: int
@@ -28,6 +30,18 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     ahead: bool = False
+    join: bool = False
+    scaled: bool = False
+
+
+class Strip(NamedTuple):
+    """Of 4-bit codes, up to `block_m` rows of x, 8 or 16: `block_n` rows of the weight a program and all of its inputs, along which the
+    warps lie, each with tensor cores of its own; their sums are added at the end, so there is no second launch."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
 
 
 class Dense(NamedTuple):
@@ -36,7 +50,7 @@ class Dense(NamedTuple):
     block_rows: int
 
 
-Choice = Few | Tile | Dense
+Choice = Few | Tile | Strip | Dense
 
 
 class _Row(NamedTuple):

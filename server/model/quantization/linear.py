@@ -12,7 +12,7 @@ from torch import nn
 
 from server.kernels.launch import Card, card_of
 from server.kernels.quantized import QuantizedWeight, dequantize, multiply_reference, together
-from server.kernels.quantized_launch import Tile, choose
+from server.kernels.quantized_launch import choose
 
 log = logging.getLogger(__name__)
 
@@ -70,17 +70,7 @@ class QuantizedProduct:
         for weight in self.weights:
             for num_rows in sorted({*range(1, min(max_rows, 512) + 1), max_rows}):
                 choice = choose(_card(device), num_rows, weight.in_features, weight.out_features, weight.code)
-                in_parts = isinstance(choice, Tile) and choice.split_k
-                kind = (
-                    weight.code,
-                    weight.group,
-                    weight.in_features,
-                    weight.integer_zeros,
-                    self.bias is None,
-                    type(choice),
-                    in_parts,
-                    choice[:2],
-                )
+                kind = (weight.code, weight.group, weight.in_features, weight.integer_zeros, self.bias is None, choice)
                 if kind not in seen:
                     seen.add(kind)
                     _multiply(torch.zeros(num_rows, weight.in_features, dtype=dtype, device=device), weight, self.bias)
