@@ -116,7 +116,9 @@ def main(argv: Sequence[str]) -> int:
         if arguments.perplexity:
             from benchmarks.gpu_quant_perplexity import measure_kv, measure_perplexity
 
-            return 0 if (measure_kv if arguments.kv else measure_perplexity)(arguments.out, arguments.tokens) else 1
+            if arguments.kv:
+                return 0 if measure_kv(arguments.out, arguments.tokens) else 1
+            return 0 if measure_perplexity(arguments.out, arguments.tokens, arguments.scheme) else 1
         return 0 if measure(arguments) else 1
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -9,7 +9,7 @@ their way into the attention. Called by benchmarks.gpu_quant.
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +28,12 @@ WINDOW = 512
 _MOST = torch.finfo(torch.float8_e4m3fn).max
 
 
-def measure_perplexity(out: Path, num_tokens: int) -> bool:
-    """A row for the model as it is, and one a scheme."""
+def measure_perplexity(out: Path, num_tokens: int, names: Sequence[str] = ()) -> bool:
+    """A row for the model as it is, and one a scheme; `names`: of these alone."""
     model_dir, windows, common = _ready(num_tokens)
     base = None
-    for scheme in ("as it is", *(name for name, found in SCHEMES.items() if found.quantize), "fp8 both"):
+    schemes = (*(name for name, found in SCHEMES.items() if found.quantize), "fp8 both")
+    for scheme in ("as it is", *(name for name in schemes if not names or name.partition(" ")[0] in names)):
         started_at = time.monotonic()
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, local_files_only=True).eval()
         error = 0.0 if scheme == "as it is" else _round(model, scheme.partition(" ")[0])

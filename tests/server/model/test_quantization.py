@@ -18,7 +18,7 @@ from server.engine.build import assemble
 from server.engine.core import run_until_idle
 from server.kernels.quantized import dequantize
 from server.model.load import load_base
-from server.model.quantization import SCHEMES, choose_quantization, hqq
+from server.model.quantization import SCHEMES, choose_quantization, hqq, int4
 from server.model.quantization.linear import QuantizedLinear
 from server.model.quantization.loading import quantize_model
 from server.model.quantization.scheme import grouped
@@ -38,7 +38,7 @@ KINDS = {
     "saved": dict(modules_to_save=["norm", "lm_head"]),
 }
 # Relative error of the weights that a scheme may make of normal ones while loading.
-ERRORS = {"int8": 0.01, "int8-bnb": 0.01, "fp8": 0.035, "int4": 0.11, "hqq": 0.11, "nf4": 0.11}
+ERRORS = {"int8": 0.01, "int8-bnb": 0.01, "fp8": 0.035, "int4": 0.098, "hqq": 0.11, "nf4": 0.11}
 ON_THE_FLY = sorted(name for name, scheme in SCHEMES.items() if scheme.quantize)
 CASES = [(name, None) for name in ON_THE_FLY] + [(scheme, form) for form, (scheme, *_) in FORMATS.items()]
 
@@ -134,6 +134,34 @@ def test_what_is_rounded_stays_near(name):
     assert torch.equal(dequantize(SCHEMES[name].quantize(torch.zeros(16, 256))), torch.zeros(16, 256))
     for_half = SCHEMES[name].quantize(weight.bfloat16())
     assert (dequantize(for_half) - weight).norm() / weight.norm() < ERRORS[name] + 0.003
+
+
+def test_ranges_of_4_bits_are_those_with_the_smallest_error(monkeypatch):
+    torch.manual_seed(0)
+    weight = torch.randn(48, 512) + torch.randn(48, 1)  # ends of all kinds: of one sign too
+    values = grouped(weight, 128)
+
+    def errors_of(quantized):
+        return (grouped(dequantize(quantized), 128) - values).pow(4).sum(2)
+
+    found = int4.quantize(weight)
+    monkeypatch.setitem(int4._BLOCK, "cpu", 3 * 512)
+    for in_parts, whole in zip((found.data, found.scales, found.zeros), _tensors(int4.quantize(weight)), strict=True):
+        assert torch.equal(in_parts, whole)
+    errors = []
+    for least_factor in (1.0, 0.9, 0.8, 0.7):  # ranges that the search may try, and others between them
+        for most_factor in (1.0, 0.9, 0.8, 0.7):
+            least, most = least_factor * values.amin(2).clamp(max=0), most_factor * values.amax(2).clamp(min=0)
+            scales = ((most - least) / 15).half().float()[..., None]
+            zeros = (-least[..., None] / scales).round().clamp(0, 15)
+            errors.append((((values / scales + zeros).round().clamp(0, 15) - zeros) * scales - values).pow(4).sum(2))
+    assert (errors_of(found) <= errors[0] * (1 + 1e-3)).all()  # no group is worse than with its whole range
+    assert errors_of(found).sum() < 0.9 * errors[0].sum()
+    assert errors_of(found).sum() < 1.02 * torch.stack(errors).amin(0).sum()
+
+
+def _tensors(quantized):
+    return quantized.data, quantized.scales, quantized.zeros
 
 
 def test_fitted_zeros_are_nearer_by_what_they_are_fitted_for():
