@@ -12,17 +12,25 @@ class Machine:
     """A PATH with stand-ins that write down how they were called. `answers`: program -> shell text that it runs."""
 
     def __init__(self, folder: Path) -> None:
-        self.bin, self._calls = folder / "bin", folder / "calls"
+        self.bin, self.working, self._calls = folder / "bin", folder / "working", folder / "calls"
         self.bin.mkdir()
+        self.working.mkdir()
 
     def put(self, name: str, text: str = "") -> None:
         path = self.bin / name
         path.write_text(f'#!/bin/bash\necho "{name} $*" >>{self._calls}\n{text}\n')
         path.chmod(0o755)
 
+    def put_curl(self, downloaded: str) -> None:
+        """A curl that downloads that text, to where `-o` says or to stdout."""
+        self.put("curl", f"while [ $# -gt 1 ]; do [ \"$1\" != -o ] || exec >\"$2\"; shift; done\ncat <<'END'\n{downloaded}\nEND")
+
     def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         variables = {"PATH": f"{self.bin}:/usr/bin:/bin", **environment}
-        return subprocess.run(["bash", str(AMI / script), *arguments], env=variables, capture_output=True, text=True)
+        command = ["bash", str(AMI / script), *arguments]
+        result = subprocess.run(command, env=variables, cwd=self.working, capture_output=True, text=True)
+        assert not list(self.working.iterdir()), "no script leaves a file where it is called"
+        return result
 
     @property
     def calls(self) -> list[str]:
@@ -82,7 +90,7 @@ def test_a_mount_helper_that_is_there_is_left_alone(machine):
 
 
 def test_efs_utils_and_the_lustre_client_come_from_aws(machine, tmp_path):
-    machine.put("curl", f'echo "{put_helper(machine, "efs")}" >"${{@: -2:1}}"')
+    machine.put_curl(put_helper(machine, "efs"))
     result = machine.run("install-mount.sh", "efs")
     assert result.returncode == 0, result.stderr
     assert "https://amazon-efs-utils.aws.com/efs-utils-installer.sh" in machine.calls[0]
@@ -105,6 +113,6 @@ def test_with_a_wheelhouse_nothing_is_downloaded(machine, tmp_path):
 
 def test_an_installer_that_brings_no_helper_is_an_error(machine):
     machine.put("apt-get")
-    machine.put("curl", 'echo : >"${@: -2:1}"')
+    machine.put_curl(":")
     result = machine.run("install-mount.sh", "efs")
     assert result.returncode != 0 and "no mount.efs" in result.stderr
