@@ -1,5 +1,8 @@
 """`python -m benchmarks`: the benchmark of this machine's kind."""
 
-from benchmarks.cpu import main
+import sys
 
-main()
+from benchmarks.cpu import main
+from sizing.printing import run_tool
+
+sys.exit(run_tool(main))

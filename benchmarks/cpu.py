@@ -11,6 +11,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from datetime import UTC, datetime
@@ -28,6 +29,7 @@ from server.adapters.pack import write_pack
 from server.engine.build import build_engine
 from server.engine.core import EngineCore, run_until_idle
 from server.types import AdapterRef, EngineOptions, EngineRequest, SamplingParams
+from sizing.printing import run_tool
 
 ADAPTERS = Path(__file__).parent.parent / "examples" / "adapters"
 RESULTS = Path(__file__).parent / "results"
@@ -170,4 +172,4 @@ def save(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_tool(main))

@@ -7,22 +7,20 @@ is assumed. All orders load adapters beside the steps; vLLM does so within them,
 output is JSON.
 """
 
-import argparse
 import heapq
-import json
 import random
 import statistics
+import sys
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from itertools import accumulate
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.fairness_orders import ORDERS
+from benchmarks.simulation import end, read_flags
 from server.engine.chunk import Chunk
 from server.engine.fairness import OUTPUT_PRICE, PROMPT_PRICE
 from server.engine.scheduler import Scheduler
@@ -31,8 +29,7 @@ from server.memory.blocks import BlockPool
 from server.memory.tier import Carrier
 from server.memory.tiers import AdapterTiers
 from server.types import AdapterRef, EngineRequest, SamplingParams
-
-RESULTS = Path(__file__).parent / "results"
+from sizing.printing import run_tool
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,25 +272,16 @@ def compare(traffic: Traffic, machine: Machine, seed: int) -> list[dict[str, Any
 
 def main() -> None:
     """All traffic with all orders; then JSON."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fairness", description=__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="other arrivals")
-    parser.add_argument("--save", action="store_true", help="keep the result under benchmarks/results, for docs/fairness.md")
-    flags = parser.parse_args()
-    machine = Machine()
+    flags, machine = read_flags("fairness", __doc__, seed_help="other arrivals"), Machine()
     rows = [row for traffic in TRAFFIC for row in compare(traffic, machine, flags.seed)]
-    day = datetime.now(UTC).date().isoformat()
     result = {
-        "day": day,
-        "seed": flags.seed,
         "machine": asdict(machine),
         "traffic": [asdict(traffic) for traffic in TRAFFIC],
         "first_token_limit_s": FIRST_TOKEN_LIMIT_S,
         "rows": rows,
     }
-    if flags.save:
-        (RESULTS / f"{day}-fairness.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    end("fairness", flags, result)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_tool(main))

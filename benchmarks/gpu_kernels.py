@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from server.kernels.grouped import Tiles, empty_tiles, fill_tiles, make_tiles, t
 from server.kernels.grouped_kernels import apply_group
 from server.kernels.launch import Choice, block_m_of, card_of, choose
 from server.model.forward import ForwardState
+from sizing.printing import run_tool
 
 SCRATCH_LEN = 32 * 2048 * RANK_CAP
 ORDERS = ("after", "first", "apart")  # shrink and expand behind the product; shrink and write before it; beside it
@@ -255,4 +257,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_tool(main))

@@ -27,6 +27,7 @@ from benchmarks.gpu.workloads import AdapterSet
 from sizing.adapters import ALL_LINEAR, adapter_bytes
 from sizing.memory import EngineLimits, predict
 from sizing.models import shape_of
+from sizing.printing import run_tool
 
 RESULTS = ROOT / "benchmarks" / "results"
 TARGETS = {"all": [ALL_LINEAR], "qv": ["q_proj", "v_proj"]}  # of AdapterSet.modules
@@ -189,4 +190,4 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_tool(lambda: main(sys.argv[1:])))

@@ -29,6 +29,7 @@ from benchmarks.gpu.offline import run_ours, run_vllm
 from benchmarks.gpu.rows import read_rows, stamp
 from benchmarks.gpu.workloads import AdapterSet, Case, sizes, throughput_case
 from benchmarks.gpu_quant_table import FP8_KV
+from sizing.printing import run_tool
 
 SCHEMES = ("bf16", "int4", "fp8", "int8", "hqq", "nf4")
 # vLLM's: arguments of its LLM, and what the checkpoint says of itself
@@ -171,4 +172,4 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_tool(lambda: main(sys.argv[1:])))

@@ -10,6 +10,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -24,6 +25,7 @@ from benchmarks.gpu_quant_choices import variations
 from server.kernels.quantized import QuantizedWeight, multiply_reference, pack
 from server.kernels.quantized_kernels import multiply
 from server.kernels.quantized_launch import Choice, Dense, Few, Strip, Tile, choose
+from sizing.printing import run_tool
 
 LAYERS = 6
 MAX_ERROR = 1.5e-2  # bf16 operands and a bf16 result
@@ -227,4 +229,4 @@ def _line(rows: list[dict], base: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_tool(main))

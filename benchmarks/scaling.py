@@ -5,23 +5,22 @@ tracking (as Auto Scaling documents it) and is given several targets; the cheape
 would be with a target that is a tenth too high. The last line of the output is JSON. docs/scaling.md says what came of it.
 """
 
-import argparse
 import heapq
-import json
 import math
 import random
 import statistics
+import sys
 import tomllib
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
+from benchmarks.simulation import end, read_flags
 from sizing.instances import INSTANCES
+from sizing.printing import run_tool
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 DAY_S = 24 * 3600
 PERIOD_S, MOST_LOAD = 10, 2.0  # of infra.scaling's policy
 WAIT_LIMIT_S = 5.0  # the p95 wait that a target must keep to be compared by its cost
@@ -257,25 +256,18 @@ def compare(way: str, boot_s: float, requests: list[Request]) -> list[dict[str, 
 
 def main() -> None:
     """Every way and signal; then JSON."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="another day")
-    parser.add_argument("--save", action="store_true", help="keep the result under benchmarks/results, for docs/scaling.md")
-    flags = parser.parse_args()
+    flags = read_flags("scaling", __doc__, seed_help="another day")
     requests = list(traffic(flags.seed))
     rows = [row for way, boot_s in ways().items() for row in compare(way, boot_s, requests)]
     result = {
-        "day": datetime.now(UTC).date().isoformat(),
-        "seed": flags.seed,
         "num_requests": len(requests),
         "machine": asdict(Machine()) | {"boot_s": None},
         "usd_per_hour": INSTANCES["g6.xlarge"].usd_per_hour,
         "wait_limit_s": WAIT_LIMIT_S,
         "rows": rows,
     }
-    if flags.save:
-        (RESULTS / f"{result['day']}-scaling.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    end("scaling", flags, result)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_tool(main))

@@ -9,6 +9,7 @@ import gc
 import json
 import random
 import statistics
+import sys
 import time
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from server.memory.blocks import BlockPool
 from server.memory.tier import Carrier
 from server.memory.tiers import AdapterTiers
 from server.types import AdapterRef, EngineRequest, SamplingParams
+from sizing.printing import run_tool
 
 NUM_RUNNING, NUM_WAITING, NUM_ADAPTERS, NUM_TENANTS = 256, 2000, 1000, 100
 
@@ -107,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_tool(main))

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from sizing.printing import run_tool
+
 ROOT = Path(__file__).parent.parent
 TESTS = ROOT / "tests" / "server"
 VERDICTS = ("same", "better", "refused")
@@ -88,4 +90,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

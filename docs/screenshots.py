@@ -14,6 +14,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 from examples.embedded_model import ensure_model
 from examples.server_process import ROOT, ServerProcess
+from sizing.printing import run_tool
 
 FOLDER = Path(__file__).parent / "images"
 MAX_BYTES = 200_000
@@ -118,4 +119,4 @@ def shoot(page: Page, name: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -26,6 +26,7 @@ from docs import (
 )
 from server.adapters.config import FIELDS
 from server.settings.fields import Settings
+from sizing.printing import run_tool
 
 FOLDER = Path(__file__).parent
 _TABLE = re.compile(r"(<!-- table: ([a-z_]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -131,4 +132,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.config import KitConfig
+from sizing.printing import run_tool
 
 TABLE = Path(__file__).with_name("boot-phases.toml")
 NAMESPACE, METRIC = "Manylora", "BootSeconds"
@@ -83,4 +84,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -23,6 +23,7 @@ from sizing.fit import Demand, Model, all_fits, check_demand, fit, nearest
 from sizing.instances import check_region, instance_named
 from sizing.memory import EngineLimits
 from sizing.models import known_shape, shape_of_file
+from sizing.printing import run_tool
 from sizing.quantization import scheme_named
 from sizing.shape import ModelShape
 
@@ -190,4 +191,4 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_tool(lambda: main(sys.argv[1:])))

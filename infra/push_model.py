@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.config import ConfigError, KitConfig
+from sizing.printing import run_tool
 
 ROOT = Path(__file__).resolve().parent.parent
 MANIFEST, FORMAT = "manifest.json", 1
@@ -186,4 +187,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -19,6 +19,7 @@ from infra.image import baked_parameter, parent_parameter
 from infra.model import EMBEDDED_DIR
 from infra.push_model import PushRefused, find_bucket
 from sizing.instances import INSTANCES
+from sizing.printing import run_tool
 
 ROOT = Path(__file__).resolve().parent.parent
 # Quotas of EC2, in vCPUs of all running instances of the families G and VT (docs.aws.amazon.com/ec2, "On-Demand Instance quotas").
@@ -267,4 +268,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

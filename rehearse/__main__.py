@@ -13,6 +13,7 @@ from pathlib import Path
 from rehearse import interrupts
 from rehearse.errors import CannotRun
 from rehearse.report import Report
+from sizing.printing import run_tool
 
 
 def main() -> int:
@@ -53,4 +54,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

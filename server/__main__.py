@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from server import commands
 from server.settings import Settings, SettingsError, read_settings
+from sizing.printing import run_tool
 
 log = logging.getLogger("server")
 
@@ -44,7 +45,7 @@ def set_up_logging(settings: Settings) -> None:
 def main(argv: Sequence[str]) -> int:
     """Serve until a signal; 0 after a clean end, 1 if the engine could not start, 2 for settings that cannot be. Or run a command."""
     if argv and not argv[0].startswith("-"):
-        return commands.run(argv, os.environ)
+        return run_tool(lambda: commands.run(argv, os.environ))
     try:
         settings = read_settings(argv, os.environ)
         from server.api.base_model import ServedModel  # after the settings: a wrong flag is answered at once

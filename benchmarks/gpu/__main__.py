@@ -22,6 +22,7 @@ from benchmarks.gpu.served import direct_case, run_served
 from benchmarks.gpu.start import run_start
 from benchmarks.gpu.table import make_result, save, table
 from benchmarks.gpu.workloads import offline_cases, sizes
+from sizing.printing import run_tool
 
 _OFFLINE = ("offline-base", "offline-r16", "offline-r8", "decode")
 _SERVED = ("http", "arrivals")
@@ -138,4 +139,4 @@ def _default_work() -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_tool(lambda: main(sys.argv[1:])))

@@ -26,6 +26,7 @@ from benchmarks.soak.names import Name, Popularity
 from benchmarks.soak.orders import Orders
 from benchmarks.soak.requests import Requests, make_prompts
 from benchmarks.soak.tally import Tally
+from sizing.printing import run_tool
 
 ADMIN_KEY = "the-admin-key-of-a-soak"
 _ORDERS = 0.1  # share of what is done that changes a name
@@ -159,4 +160,4 @@ def _machine() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_tool(lambda: main(sys.argv[1:])))

@@ -29,6 +29,13 @@ class CommandFailed(Exception):
         self.message, self.status = message, status
 
 
+class _Console(Console):
+    """Rich's, without its own end (SystemExit(1)) where nobody reads any more: sizing.printing ends every tool alike."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # noqa: PLE0704 - called where BrokenPipeError is caught
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are CommandFailed, with whole flags alone."""
 
@@ -52,7 +59,7 @@ def run_command(
     parser: Parser, argv: Sequence[str], environ: Mapping[str, str], work: Any, *, consoles: tuple[Console, Console] | None = None
 ) -> int:
     """Parse, call `work(flags, server, out, err)`, and turn what goes wrong into words on stderr and an exit status."""
-    out, err = consoles or (Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True))
+    out, err = consoles or (_Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True))
     as_json = "--json" in argv
     try:
         flags = parser.parse_args(list(argv))
@@ -67,9 +74,6 @@ def run_command(
         return error.status
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read our output has seen enough
-        sys.stderr.close()
-        return DONE
 
 
 class Server:

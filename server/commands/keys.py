@@ -43,6 +43,8 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     except (_Refused, ServerError, RulesError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # of stdout
+        raise
     except (OSError, ValueError) as error:
         print(f"error: the document of keys: {error}", file=sys.stderr)
         return 1

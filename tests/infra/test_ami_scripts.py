@@ -23,7 +23,7 @@ class Machine:
 
     def put_curl(self, downloaded: str) -> None:
         """A curl that downloads that text, to where `-o` says or to stdout."""
-        self.put("curl", f"while [ $# -gt 1 ]; do [ \"$1\" != -o ] || exec >\"$2\"; shift; done\ncat <<'END'\n{downloaded}\nEND")
+        self.put("curl", f'while [ $# -gt 1 ]; do [ "$1" != -o ] || exec >"$2"; shift; done\ncat <<\'END\'\n{downloaded}\nEND')
 
     def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         variables = {"PATH": f"{self.bin}:/usr/bin:/bin", **environment}
