@@ -1,6 +1,7 @@
 """The shape of the code itself: who may import whom, what is torch-free, how long files and functions may be."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -45,10 +46,17 @@ TORCH_FREE = [
     "engine.grammar_trial",
 ]
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 60
+FOLDERS = ["server", "sizing", "infra", "benchmarks", "examples", "rehearse", "docs", "ami", "tests"]
 
 
 def files():
     return sorted(SERVER.rglob("*.py"))
+
+
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    """The file's syntax; parsed once for all tests."""
+    return ast.parse(path.read_text())
 
 
 def part_of(path: Path) -> str:
@@ -58,7 +66,7 @@ def part_of(path: Path) -> str:
 
 def imports(path: Path):
     """(line, what) of every import of a module of ours, those inside functions included; not those for type checkers alone."""
-    tree = ast.parse(path.read_text())
+    tree = tree_of(path)
     skipped = {
         id(node)
         for block in ast.walk(tree)
@@ -96,7 +104,7 @@ def test_imports_go_down_the_ranks(path):
 def test_nobody_of_the_server_imports_the_rest_of_the_repository():
     others = {"infra", "benchmarks", "examples", "rehearse", "tests", "ami", "aws_cdk"}
     for path in files():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None) or ""]
             assert not {name.split(".")[0] for name in names} & others, path
 
@@ -124,28 +132,28 @@ def test_only_the_entry_points_read_the_environment():
             assert path in allowed, f"{path.relative_to(ROOT)} reads the environment"
 
 
-@pytest.mark.parametrize("folder", ["server", "sizing", "infra", "benchmarks", "examples", "rehearse"])
+@pytest.mark.parametrize("folder", FOLDERS)
 def test_files_and_functions_stay_short(folder):
     for path in sorted((ROOT / folder).rglob("*.py")):
         text = path.read_text()
         assert text.count("\n") <= MAX_FILE_LINES, f"{path.relative_to(ROOT)} has {text.count(chr(10))} lines"
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 length = node.end_lineno - node.lineno + 1
                 assert length <= MAX_FUNCTION_LINES, f"{path.relative_to(ROOT)}:{node.lineno} {node.name} has {length} lines"
 
 
 def test_every_module_says_what_it_is():
-    for folder in ("server", "sizing", "infra", "benchmarks", "examples", "rehearse"):
+    for folder in FOLDERS:
         for path in sorted((ROOT / folder).rglob("*.py")):
             text = path.read_text()
-            assert not text.strip() or ast.get_docstring(ast.parse(text)), f"{path.relative_to(ROOT)} has no docstring"
+            assert not text.strip() or ast.get_docstring(tree_of(path)), f"{path.relative_to(ROOT)} has no docstring"
 
 
 def test_the_deployment_stands_by_itself():
     """infra/ installs without the server and reads no environment: app.py does."""
     for path in sorted((ROOT / "infra").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
             assert not {name.split(".")[0] for name in names} & {"server", "torch", "transformers", "benchmarks", "rehearse", "tests"}, path
@@ -155,7 +163,7 @@ def test_the_deployment_stands_by_itself():
 def test_sizing_is_arithmetic_that_both_halves_import():
     """Numbers and tables: the standard library alone, so that neither torch nor the CDK comes with it."""
     for path in sorted((ROOT / "sizing").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
             for name in names:

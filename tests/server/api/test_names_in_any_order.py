@@ -3,32 +3,21 @@ writing folders, publish, load, pin, unload, delete and release against a model 
 
 import shutil
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from server.sources.content import hash_adapter
-from tests.server.api.live import LiveServer, live_server, wait_for
-from tests.server.api.test_adapter_routes import ADMIN, KEY, answered, order, submitted
+from tests.server.api.fleet import ADMIN, answered, order, submitted
+from tests.server.api.live import LiveServer, wait_for
 from tests.server.api.test_adapters import PROMPT, write_adapter
 
 NAMES = ["a", "b", "c"]
 name_of, server_of = st.sampled_from(NAMES), st.sampled_from([0, 1])
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[tuple[LiveServer, LiveServer]]:
-    root = tmp_path_factory.mktemp("fleet")
-    (root / "adapters").mkdir()
-    common = {"adapters_dir": root / "adapters", "registry_dir": root / "registry", "admin_key": KEY, "registry_poll_s": 0.05}
-    with live_server(root / "a", model_dir, **common) as a, live_server(root / "b", model_dir, **common) as b:
-        yield a, b
 
 
 class Truth:

@@ -2,8 +2,6 @@
 
 import os
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,18 +9,8 @@ import pytest
 from server.api.registry import NOTHING, Entry, Version
 from server.api.versions import MAX_KEPT, published, rolled_back, to_return_to
 from server.errors import AdapterNotFound, Conflict
-from tests.server.api.live import LiveServer, live_server, wait_for
-from tests.server.api.test_adapter_routes import KEY, answered, order, publish, rows, write
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[tuple[LiveServer, LiveServer]]:
-    """Two servers of one fleet."""
-    root = tmp_path_factory.mktemp("fleet")
-    (root / "adapters").mkdir()
-    common = {"adapters_dir": root / "adapters", "registry_dir": root / "registry", "admin_key": KEY, "registry_poll_s": 0.1}
-    with live_server(root / "a", model_dir, **common) as a, live_server(root / "b", model_dir, **common) as b:
-        yield a, b
+from tests.server.api.fleet import answered, order, publish, rows, write
+from tests.server.api.live import wait_for
 
 
 def version(number: int) -> Version:

@@ -102,3 +102,8 @@ class World:
             tenant = sequence.request.tenant
             total[tenant] = total.get(tenant, 0.0) + sequence.num_charged - sequence.num_cached + 2 * sequence.num_outputs
         return total
+
+
+def names(sequences):
+    """Their requests' names, in this order."""
+    return [sequence.request.request_id for sequence in sequences]
