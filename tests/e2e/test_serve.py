@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from tests.server.engine.peft_oracle import save_adapter
@@ -189,9 +190,8 @@ def test_merged_adapters(server):
 def test_a_killed_engine_is_replaced_and_sigterm_drains(model_dir, adapters_dir, tmp_path):
     server = Server(model_dir, adapters_dir, tmp_path, "--max-batch-size", "2").wait_healthy()
     try:
-        children = subprocess.run(["ps", "--ppid", str(server.process.pid), "-o", "pid=,args="], capture_output=True, text=True).stdout
-        engine = next(int(line.split()[0]) for line in children.splitlines() if "server.engine" in line)
-        subprocess.run(["kill", "-9", str(engine)], check=True)
+        children = psutil.Process(server.process.pid).children()
+        next(child for child in children if "server.engine" in " ".join(child.cmdline())).kill()
         deadline = time.monotonic() + 60
         while server.client.get("/health").status_code == 200 and time.monotonic() < deadline:
             time.sleep(0.02)
