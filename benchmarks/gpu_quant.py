@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.__main__ import _default_work, _option
+from benchmarks.gpu.arguments import default_work, option
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.models import AWQ, MODELS, write_model
 from benchmarks.gpu.offline import run_ours, run_vllm
@@ -155,17 +155,17 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--engine", nargs="+", choices=["ours", "vllm"], default=["ours"], help="in this order (ours)")
     parser.add_argument("--scheme", nargs="+", choices=[*dict.fromkeys((*SCHEMES, *VLLM_SCHEMES))], default=[], help="in this order (all)")
     parser.add_argument("--vllm-site", type=Path, help="folder that vLLM is in; without it, it must be importable")
-    parser.add_argument("--vllm-option", nargs="*", type=_option, default=[], metavar="NAME=VALUE", help="more arguments of vLLM's LLM")
+    parser.add_argument("--vllm-option", nargs="*", type=option, default=[], metavar="NAME=VALUE", help="more arguments of vLLM's LLM")
     parser.add_argument("--case", nargs="+", default=[], metavar="NAME", help="beginnings of cases' names, or 'decode', 'offline' (all)")
     parser.add_argument("--tokens", type=int, default=8192, help="of the text, for the perplexity (%(default)s)")
     parser.add_argument("--model", choices=sorted(MODELS), default="mistral-7b")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
-    parser.add_argument("--work", type=Path, default=_default_work(), help="folder for adapters and packs (%(default)s)")
+    parser.add_argument("--work", type=Path, default=default_work(), help="folder for adapters and packs (%(default)s)")
     parser.add_argument("--repeats", type=int, default=2, help="of each measurement, while there is time (2)")
     parser.add_argument("--limit-s", type=float, default=520.0, help="seconds for the whole call (520)")
     parser.add_argument("--scheme-limit-s", type=float, default=240.0, help="seconds for one scheme (240)")
     parser.add_argument("--least-s", type=float, default=45.0, help="seconds without which a scheme is not begun (45)")
-    parser.add_argument("--option", nargs="*", type=_option, default=[("max_batch_tokens", "4096")], metavar="NAME=VALUE")
+    parser.add_argument("--option", nargs="*", type=option, default=[("max_batch_tokens", "4096")], metavar="NAME=VALUE")
     parser.add_argument("--commit", help="the commit that is measured, where git cannot say it")
     arguments: Any = parser.parse_args(argv)
     return arguments

@@ -2,16 +2,13 @@
 
 import argparse
 import json
-import os
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import benchmarks.gpu
+from benchmarks.gpu.arguments import default_work, option
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.clients import LoadFailed
 from benchmarks.gpu.models import MODELS, write_model
@@ -26,7 +23,6 @@ from sizing.printing import run_tool
 
 _OFFLINE = ("offline-base", "offline-r16", "offline-r8", "decode")
 _SERVED = ("http", "arrivals")
-_WORK_BYTES = 48 << 30  # what all parts together write
 
 
 def main(argv: Sequence[str]) -> int:
@@ -111,31 +107,17 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--engine", nargs="+", choices=["ours", "vllm"], default=["ours", "vllm"], help="of the offline parts (both)")
     parser.add_argument("--model", choices=sorted(MODELS), default="mistral-7b")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
-    parser.add_argument("--work", type=Path, default=_default_work(), help="folder for adapters, packs, logs: up to 48 GB (%(default)s)")
+    parser.add_argument("--work", type=Path, default=default_work(), help="folder for adapters, packs, logs: up to 48 GB (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="of each measurement, while there is time (3)")
     parser.add_argument("--vllm-repeats", type=int, default=1, help="likewise, vLLM's (1)")
     parser.add_argument("--limit-s", type=float, default=540.0, help="seconds for the whole call (540)")
-    parser.add_argument("--option", nargs="*", type=_option, default=[], metavar="NAME=VALUE", help="fields of EngineOptions, for ours")
+    parser.add_argument("--option", nargs="*", type=option, default=[], metavar="NAME=VALUE", help="fields of EngineOptions, for ours")
     parser.add_argument("--vllm-site", type=Path, help="folder that vLLM is in; without it, it must be importable")
-    parser.add_argument("--vllm-option", nargs="*", type=_option, default=[], metavar="NAME=VALUE", help="more arguments of vLLM's LLM")
+    parser.add_argument("--vllm-option", nargs="*", type=option, default=[], metavar="NAME=VALUE", help="more arguments of vLLM's LLM")
     parser.add_argument("--max-loras", type=int, nargs="+", help="vLLM's max_loras to try with the many adapters (64 128 256)")
     parser.add_argument("--clients", type=int, default=8, help="client processes of the parts over HTTP (8)")
     parser.add_argument("--commit", help="the commit that is measured, where git cannot say it")
     return parser.parse_args(argv)
-
-
-def _option(text: str) -> tuple[str, Any]:
-    name, found, value = text.partition("=")
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r}: write NAME=VALUE")
-    return name, {"true": True, "false": False}.get(value.lower(), value)
-
-
-def _default_work() -> Path:
-    """In memory if there is room: adapters are read from the page cache in either case."""
-    shared = Path("/dev/shm")
-    has_room = os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > _WORK_BYTES
-    return (shared if has_room else Path(tempfile.gettempdir())) / "manylora-bench"
 
 
 if __name__ == "__main__":
