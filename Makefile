@@ -3,11 +3,14 @@
 #   TORCH_INDEX  the index that torch comes from, for example https://download.pytorch.org/whl/cpu: a build without CUDA, gigabytes
 #                smaller on Linux. Empty: pip's own index.
 #   ARGS         passed on: make test ARGS="-k sampler", make demo ARGS="--plain"
+#   WORKERS      processes that `make test` spreads the test files over: `logical` (one a CPU, at most 8) or a number; 0: none but pytest
+#                itself, as --pdb needs
 SHELL := /bin/bash
 PYTHON ?= $(firstword $(foreach python,python3.13 python3.12 python3.11 python3,$(shell $(python) -c \
 	'import sys, venv, ensurepip; sys.version_info >= (3, 11) and print("$(python)")' 2>/dev/null)))
 TORCH_INDEX ?=
 ARGS ?=
+WORKERS ?= logical
 
 PLATFORM := $(shell uname -s) $(shell uname -m)
 PIP := .venv/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt
@@ -55,8 +58,9 @@ demo: model ## start the server and ask the base and each example adapter the sa
 serve: model ## start the server with the example adapters and leave it running
 	@.venv/bin/python -m examples.serve $(ARGS)
 
+# Files in their own order: sorted by number of tests, a rehearsal (few tests, minutes) would come last and run alone.
 test: model ## every CPU test
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(READY) ## check style and format, change nothing
 	.venv/bin/ruff check .

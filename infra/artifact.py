@@ -6,6 +6,7 @@ content, so that an edit elsewhere in the repository changes no instance.
 
 import hashlib
 import io
+import os
 import tomllib
 import zipfile
 from pathlib import Path
@@ -85,6 +86,6 @@ def write_archive(content: dict[str, bytes], path: Path) -> None:
             entry.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(entry, data)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".part")
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.part")  # two may synthesize at once
     fresh.write_bytes(buffer.getvalue())
     fresh.replace(path)

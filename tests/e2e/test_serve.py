@@ -31,6 +31,7 @@ class Server:
             self.port = probe.getsockname()[1]
         command = [sys.executable, "-m", "server", "--model-id", str(model_dir), "--adapters-dir", str(adapters_dir)]
         command += ["--adapter-source", "local", "--hostname", "127.0.0.1", "--port", str(self.port), "--store-dir", str(folder / "store")]
+        command += ["--num-threads", "2"]
         self.log_path = folder / "log"
         with self.log_path.open("w") as log:
             self.process = subprocess.Popen([*command, *flags], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
