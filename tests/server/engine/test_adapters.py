@@ -60,14 +60,14 @@ OTHERS = {
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 
 
-def serve_and_compare(model_type, kinds, tmp_path, **model_changes):
+def serve_and_compare(model_type, kinds, tmp_path, *, num_new=5, **model_changes):
     """All kinds and the base in one engine at once; each row against its own PEFT model."""
     kinds = {name: dict(config) for name, config in kinds.items()}
     core, base = make_engine(
         make_model(model_type, attention=ATTENTION_NAME, **model_changes), num_blocks=256, max_batch_size=32, max_batch_tokens=48
     )
     rng = random.Random(0)
-    params = SamplingParams(max_new_tokens=5, num_logprobs=VOCAB + 10, raw_logprobs=True, num_prompt_logprobs=0)
+    params = SamplingParams(max_new_tokens=num_new, num_logprobs=VOCAB + 10, raw_logprobs=True, num_prompt_logprobs=0)
     prompts, resizes = {"base": [rng.randrange(3, VOCAB) for _ in range(11)]}, {}
     core.add(EngineRequest("base", prompts["base"], params))
     for name, config in kinds.items():

@@ -39,11 +39,11 @@ def on_an_arena(monkeypatch):
     ids=["llama", "qwen2", "gpt2"],
 )
 def test_mixed_kinds_equal_peft(model_type, kinds, tmp_path):
-    serve_and_compare(model_type, {kind: LLAMA_KINDS[kind] for kind in kinds} if kinds else OTHERS[model_type], tmp_path)
+    serve_and_compare(model_type, {kind: LLAMA_KINDS[kind] for kind in kinds} if kinds else OTHERS[model_type], tmp_path, num_new=3)
 
 
 def test_idle_adapters_make_room_for_tokens_and_tokens_for_adapters(tmp_path):
-    params, num_blocks = SamplingParams(max_new_tokens=6), 20
+    params, num_blocks = SamplingParams(max_new_tokens=3), 20  # interpreted, a step takes a tenth of a second and more
     roomy, base = engine(num_blocks=400)
     made = [save_adapter(tmp_path / f"a{i}", "llama", seed=i, r=4) for i in range(3)]
     refs = [pack(folder, base.layout, tmp_path / f"p{i}") for i, folder in enumerate(made)] + [None]
@@ -70,7 +70,7 @@ def test_compiled_layers_are_alike_and_never_compiled_again(folders, tmp_path): 
     import torch._dynamo
     from torch._dynamo.utils import counters
 
-    params = SamplingParams(max_new_tokens=5)
+    params = SamplingParams(max_new_tokens=3)
 
     def answers(core, base):
         refs = [
@@ -78,7 +78,7 @@ def test_compiled_layers_are_alike_and_never_compiled_again(folders, tmp_path): 
             pack(folders / "one", base.layout, tmp_path / f"{id(core)}1"),
             pack(folders / "two", base.layout, tmp_path / f"{id(core)}2"),
         ]
-        for i in range(6):
+        for i in range(4):
             core.add(EngineRequest(str(i), prompt(i, 3 + 4 * i), params, refs[i % 3]))
         said = {}
         for output in run_until_idle(core):
@@ -133,8 +133,8 @@ def test_deltas_beside_the_products_are_the_same_answers(folders, tmp_path):  # 
             return decode(*arguments)
 
         base.decode = decode_apart
-        for i in range(6):
-            core.add(EngineRequest(str(i), prompt(i, 3 + 4 * i), SamplingParams(max_new_tokens=5), refs[i % 3]))
+        for i in range(4):
+            core.add(EngineRequest(str(i), prompt(i, 3 + 4 * i), SamplingParams(max_new_tokens=3), refs[i % 3]))
         outputs = run_until_idle(core)
         assert bool(called) == apart and [o.error for o in outputs if o.error] == []
         said.append(sorted((o.request_id, o.token_ids) for o in outputs))

@@ -68,12 +68,12 @@ def draw(matchers: list[Matcher], seed: int, tokenizer: Tokenizer, bias: str = '
         open_rows = [row for row, ended in enumerate(done) if not ended]
         if not open_rows:
             break
-        logits = torch.randn(len(matchers) + 1, VOCAB, generator=generator) + preferred
+        logits = torch.randn(len(open_rows) + 1, VOCAB, generator=generator) + preferred
         free = logits[-1].clone()
-        assert masks.apply(logits, {row: matchers[row] for row in open_rows}) == {}
+        assert masks.apply(logits, {at: matchers[row] for at, row in enumerate(open_rows)}) == {}
         assert torch.equal(logits[-1], free)
-        for row in open_rows:
-            token = int(torch.multinomial(logits[row].softmax(-1), 1, generator=generator))
+        for at, row in enumerate(open_rows):
+            token = int(torch.multinomial(logits[at].softmax(-1), 1, generator=generator))
             tokens[row].append(token)
             matchers[row].accept(token)
             done[row] = token == EOS or matchers[row].finished

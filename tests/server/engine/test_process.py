@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
+from server.engine.build import build_engine
 from server.engine.process import EngineLoop, Pulse, see_one_gpu
 from server.ipc.messages import (
     Abort,
@@ -187,14 +188,18 @@ def test_what_messages_ask_for_has_a_deadline_too_and_submits_are_confirmed_firs
         (dict(max_sequence_len=1000), "max_sequence_len 1000 is beyond the model's 128 positions"),
         (dict(num_blocks=3), "fewer than one sequence"),
         (dict(max_batch_tokens=4), "max_batch_tokens 4 must be at least max_batch_size 8"),
-        (dict(model_dir="/nowhere"), "there is no config.json"),
     ],
 )
-async def test_what_cannot_start_says_why(tmp_path, model_dir, changes, reason):
-    changes = dict(changes)
-    engine = Engine(tmp_path, changes.pop("model_dir", model_dir), **changes)
+def test_options_that_cannot_be_met_are_named(model_dir, changes, reason):
+    options = dict(num_blocks=64, block_size=4, max_batch_size=8, max_sequence_len=100) | changes
+    with pytest.raises(ValueError, match=reason):
+        build_engine(EngineOptions(str(model_dir), **options))
+
+
+async def test_what_cannot_start_says_why(tmp_path):
+    engine = Engine(tmp_path, "/nowhere")
     try:
-        assert reason in (await engine.receive(Died)).reason
+        assert "there is no config.json" in (await engine.receive(Died)).reason
         assert await asyncio.to_thread(engine.process.wait, 20) == 1
     finally:
         engine.close()
