@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 # Products here are tiny, and threads that wait for each other spin: a second one takes more time than it saves, and its CPU from the other
-# worker of `make test`. For this process and those that it starts; tests/e2e/test_serve.py asks for two. Before torch is imported.
+# worker of `make test`. For this process and those that it starts; where a test asks for two (tests/e2e/test_serve.py), they wait asleep.
+# Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if os.environ.get("MANYLORA_TEST_DEVICE", "cpu") == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported first: its kernels then run on CPU tensors
 

@@ -31,7 +31,6 @@ class Server:
             self.port = probe.getsockname()[1]
         command = [sys.executable, "-m", "server", "--model-id", str(model_dir), "--adapters-dir", str(adapters_dir)]
         command += ["--adapter-source", "local", "--hostname", "127.0.0.1", "--port", str(self.port), "--store-dir", str(folder / "store")]
-        command += ["--num-threads", "2"]
         self.log_path = folder / "log"
         with self.log_path.open("w") as log:
             self.process = subprocess.Popen([*command, *flags], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
@@ -94,7 +93,8 @@ def adapters_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(model_dir, adapters_dir, tmp_path_factory):
-    running = Server(model_dir, adapters_dir, tmp_path_factory.mktemp("server"), "--max-total-tokens", "1024").wait_healthy()
+    flags = ("--max-total-tokens", "1024", "--num-threads", "2")  # two: no other test has products on several threads
+    running = Server(model_dir, adapters_dir, tmp_path_factory.mktemp("server"), *flags).wait_healthy()
     yield running
     assert running.stop() in (0, -signal.SIGTERM), running.log_path.read_text()
 
