@@ -54,11 +54,13 @@ Choice = Few | Tile | Strip | Dense
 
 
 class _Row(NamedTuple):
-    """A line of a card's table: up to `max_rows` rows. `waves`: programs that are wanted at most, in multiples of the card's SMs."""
+    """A line of a card's table: up to `max_rows` rows. `waves`: programs that are wanted at most, in multiples of the card's SMs; parts of
+    K have `least_part` inputs at least."""
 
     max_rows: int
     tile: Tile
     waves: int
+    least_part: int = 256
 
 
 class _Table(NamedTuple):
@@ -82,7 +84,13 @@ _AMPERE = _Table(
 _TABLES = {
     "hopper": _Table(
         2, Few(2, 4, 2),
-        (_Row(16, Tile(16, 64, 1, 2, 4, True), 7), _Row(32, Tile(32, 64, 1, 2, 4, True), 5), _Row(128, Tile(64, 128, 1, 4, 4, True), 2)),
+        (
+            _Row(8, Tile(8, 64, 1, 2, 4, True, True), 4, 1024),
+            _Row(16, Tile(16, 64, 1, 2, 4, True, True), 4, 1024),
+            _Row(32, Tile(32, 64, 1, 2, 4, True), 5),
+            _Row(128, Tile(64, 128, 1, 4, 4, True), 2),
+            _Row(256, Tile(128, 128, 1, 4, 3, True, True, True), 1, 1024),
+        ),
         (_Row(16, Tile(16, 64, 1, 4, 4), 4), _Row(32, Tile(32, 64, 1, 4, 4), 4), _Row(128, Tile(64, 64, 1, 4, 4), 3)),
         33, 1 << 40,
     ),
@@ -106,9 +114,9 @@ def choose(card: Card, num_rows: int, in_features: int, out_features: int, code:
 
 
 def _split(row: _Row, num_rows: int, in_features: int, out_features: int, num_sms: int) -> int:
-    """Parts of K: as many as make the wanted number of programs, each of two units at least."""
+    """Parts of K: as many as make the wanted number of programs."""
     tiles = -(-out_features // row.tile.block_n) * -(-num_rows // row.tile.block_m)
     split_k = 1
-    while split_k < 8 and in_features >= split_k * 512 and tiles * split_k * 2 <= num_sms * row.waves:
+    while split_k < 8 and in_features >= split_k * 2 * row.least_part and tiles * split_k * 2 <= num_sms * row.waves:
         split_k *= 2
     return split_k
