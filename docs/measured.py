@@ -7,15 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.table import saved
 from sizing.quantization import scheme_named
 
 PATH = Path(__file__).parent.parent / "sizing" / "measured.json"
-_RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
 def measured() -> str:
     """The file as the results have it now."""
-    runs = [(path, json.loads(path.read_text())) for path in sorted(_RESULTS.glob("*-h100-*.json"), reverse=True)]
+    runs = saved()[::-1]
     rows = [(path, run, row) for path, run in runs for row in run.get("rows", []) if row.get("engine") == "ours" and row.get("rate")]
     rows = [each for each in rows if (each[2].get("options") or {}).get("kv_cache_dtype", "auto") == "auto"]  # what plans count from
     decode: list[dict[str, Any]] = []

@@ -117,7 +117,7 @@ def make_result(rows: Sequence[Row]) -> dict[str, Any]:
         versions.setdefault(row["engine"], {}).update(row.get("versions", {}))
     return {
         "benchmark": "gpu",
-        "machine": {name: rows[-1][name] for name in _MACHINE},
+        "machine": {name: rows[-1][name] for name in _MACHINE} | {"at": max(row.get("at", 0.0) for row in rows)},
         "versions": versions,
         "figures": _figures(measured, sizes(rows[0]["model"])),
         "rows": measured.all(),
@@ -191,11 +191,16 @@ def readme_table(*results: dict[str, Any]) -> str:
 
 
 def newest(folder: Path = RESULTS, card: str = "h100") -> list[dict[str, Any]]:
-    """The saved results of the newest day and commit: one, or one for each card and boot that its parts were measured on."""
-    paths = sorted(folder.glob(f"*-{card}-*.json"))
-    results = [json.loads(path.read_text()) for path in paths]
+    """The saved results of the newest commit: one, or one for each card and boot that its parts were measured on."""
+    results = [result for _, result in saved(folder, card)]
     last = results[-1]["machine"]
     return [each for each in results if all(each["machine"][name] == last[name] for name in ("day", "commit"))]
+
+
+def saved(folder: Path = RESULTS, card: str = "h100") -> list[tuple[Path, dict[str, Any]]]:
+    """All saved results of a card, the newest last."""
+    results = [(path, json.loads(path.read_text())) for path in sorted(folder.glob(f"*-{card}-*.json"))]
+    return sorted(results, key=lambda each: (each[1]["machine"]["day"], each[1]["machine"].get("at", 0.0)))
 
 
 def save(result: dict[str, Any]) -> Path:

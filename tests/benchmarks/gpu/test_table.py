@@ -81,6 +81,8 @@ def test_a_saved_result_is_named_by_day_card_and_commit(tmp_path, monkeypatch):
     other = table.save(make_result([ROWS[0] | {"boot_id": "b2", "gpu_uuid": "GPU-2"}, ROWS[-1] | {"boot_id": "b2", "gpu_uuid": "GPU-2"}]))
     assert other.name == "2026-11-22-h100-abc1234-2.json"
     (tmp_path / "2026-11-21-h100-fffffff.json").write_text(path.read_text().replace("2026-11-22", "2026-11-21"))
+    earlier = json.loads(path.read_text()) | {"machine": json.loads(path.read_text())["machine"] | {"commit": "fffffff", "at": -1.0}}
+    (tmp_path / "2026-11-22-h100-fffffff.json").write_text(json.dumps(earlier))  # the same day, a name that comes later
     both = table.newest(tmp_path)
     assert sorted(each["machine"]["boot_id"] for each in both) == ["b1", "b2"]
     markdown = readme_table(*sorted(both, key=lambda each: each["machine"]["boot_id"]))
