@@ -44,8 +44,7 @@ class Line(NamedTuple):
 
     max_rows: int
     block_m: int
-    split_k: int  # parts of K at most, each of `part_k` inputs at least
-    part_k: int
+    split_k: int
     block_k: int
     block_n: int
     chunk_n: int  # columns that one program expands; twice as many where a site is wider than 8192
@@ -62,22 +61,22 @@ _ANY = 1 << 30
 _TABLES: dict[str, tuple[Line, ...]] = {
     # Few rows: as many programs as can be, since each reads little. Many rows: the same factors serve 64 rows at once.
     "hopper": (
-        Line(8, 16, 8, 256, 256, 128, 128, 4, 4, 4, 0, 128, 128, 4),
-        Line(512, 16, 8, 1024, 256, 128, 512, 4, 3, 4, 8, 128, 512, 4),
-        Line(_ANY, 64, 2, 256, 256, 128, 512, 4, 3, 8, 16, 256, 1024, 4),
+        Line(8, 16, 8, 256, 128, 128, 4, 4, 4, 0, 128, 128, 4),
+        Line(512, 16, 8, 256, 128, 512, 4, 3, 4, 8, 128, 512, 4),
+        Line(_ANY, 64, 2, 256, 128, 512, 4, 3, 8, 16, 256, 1024, 4),
     ),
     # A projection, measured by nobody yet. 300 GB/s times a latency of 0.8 us is 240 KB in flight, 4 KB an SM, so half of Hopper's
     # split fills the card; 100 KB of shared memory an SM hold three programs of 3 x (16 + 64) x 64 elements; no PDL before sm_90.
     "ada": (
-        Line(8, 16, 8, 128, 128, 128, 128, 4, 3, 4, 0, 128, 128, 4),
-        Line(512, 16, 4, 128, 128, 128, 512, 4, 3, 4, 8, 128, 512, 4),
-        Line(_ANY, 64, 1, 64, 64, 128, 512, 4, 3, 4, 8, 128, 512, 4),
+        Line(8, 16, 8, 128, 128, 128, 4, 3, 4, 0, 128, 128, 4),
+        Line(512, 16, 4, 128, 128, 512, 4, 3, 4, 8, 128, 512, 4),
+        Line(_ANY, 64, 1, 64, 128, 512, 4, 3, 4, 8, 128, 512, 4),
     ),
     # Anything else with Triton: Ada's row, whose needs any card since Ampere meets.
     "generic": (
-        Line(8, 16, 8, 128, 128, 128, 128, 4, 3, 4, 0, 128, 128, 4),
-        Line(512, 16, 4, 128, 128, 128, 512, 4, 3, 4, 8, 128, 512, 4),
-        Line(_ANY, 64, 1, 64, 64, 128, 512, 4, 3, 4, 8, 128, 512, 4),
+        Line(8, 16, 8, 128, 128, 128, 4, 3, 4, 0, 128, 128, 4),
+        Line(512, 16, 4, 128, 128, 512, 4, 3, 4, 8, 128, 512, 4),
+        Line(_ANY, 64, 1, 64, 128, 512, 4, 3, 4, 8, 128, 512, 4),
     ),
 }
 
@@ -104,7 +103,7 @@ def max_split_k(card: Card, num_rows: int) -> int:
 def choose(card: Card, num_rows: int, shape: GroupShape, item_bytes: int = 2) -> Choice:
     """The launch for a group in a step of up to `num_rows` rows, of numbers of `item_bytes`."""
     row = line_of(card, num_rows)
-    split_k, block_k = _cut(shape.in_features, row.split_k, row.part_k, row.block_k * 2 // item_bytes)
+    split_k, block_k = _cut(shape.in_features, row.split_k, row.block_k * 2 // item_bytes)
     widest = max(stop - start for start, stop in shape.columns)
 
     def columns(block_n: int, chunk_n: int) -> tuple[int, int]:
@@ -142,10 +141,10 @@ def line_of(card: Card, num_rows: int) -> Line:
     return next(row for row in _TABLES[card.name] if num_rows <= row.max_rows)
 
 
-def _cut(in_features: int, split_k: int, part_k: int, block_k: int) -> tuple[int, int]:
+def _cut(in_features: int, split_k: int, block_k: int) -> tuple[int, int]:
     """(split_k, block_k): both at most what was asked for and, where it can be, such that no part of K is ragged."""
     block_k = min(block_k, max(16, _power_of_two(in_features)))
-    while split_k > 1 and in_features < split_k * max(block_k, part_k):
+    while split_k > 1 and in_features < split_k * block_k:
         split_k //= 2
     for block in (block_k, block_k // 2):
         if block >= 32 and in_features % (split_k * block) == 0:

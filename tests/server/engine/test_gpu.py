@@ -106,3 +106,26 @@ def test_any_number_of_rows_and_adapters_after_the_capture(served):
             alone |= answers(core, [request])
         assert all(len(tokens(outputs)) == 4 for outputs in together.values())
         assert sum(tokens(alone[name]) == tokens(together[name]) for name in alone) >= len(alone) - 1
+
+
+def test_large_steps_with_their_last_layer_for_wanted_rows_say_what_small_ones_say(served, tmp_path):
+    """More rows than are captured: uncaptured, and narrow at the end."""
+    core, folder, _ = served
+    wide, base = make_engine(
+        make_model("llama", attention=ATTENTION_NAME, **SHAPE).bfloat16(),
+        **(OPTIONS | dict(num_blocks=1024, max_batch_size=128, max_batch_tokens=4096)),
+    )
+    names = ["base", "plain", "all-linear", "odd-rank", "dora"]
+    rng = random.Random(5)
+    prompts = [[rng.randrange(3, VOCAB) for _ in range(40 + i % 20)] for i in range(80)]
+    seen, said = [], []
+    for engine in (core, wide):
+        narrow = engine.runner._narrow
+        engine.runner._narrow = lambda batch, apart, narrow=narrow: seen.append(narrow(batch, apart=apart)) or seen[-1]
+        refs = {name: None if name == "base" else pack(folder / name, base.layout, tmp_path / f"{len(said)} {name}.pack") for name in names}
+        requests = [EngineRequest(str(i), p, SamplingParams(max_new_tokens=4), refs[names[i % 5]]) for i, p in enumerate(prompts)]
+        answers(engine, [EngineRequest(name, [3, 5], SamplingParams(max_new_tokens=1), ref) for name, ref in refs.items()])  # adapters come
+        with torch.compiler.set_stance("fail_on_recompile"):
+            said.append({name: tokens(outputs) for name, outputs in answers(engine, requests).items()})
+    assert any(one is not None and len(one.rows) == 80 for one in seen)  # all prompts in one step
+    assert sum(said[0][name] == said[1][name] for name in said[0]) >= 0.8 * len(prompts)

@@ -95,25 +95,38 @@ class Wrapper:
         return out
 
 
-@pytest.mark.parametrize("kept_in", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
-def test_it_is_planned_for_the_types_of_queries_and_of_pages(kept_in, monkeypatch):
-    """One layer over an arena's strided pages: our write, our plan, and the attention that the plan describes; against torch's."""
+@pytest.fixture
+def connect(monkeypatch):
+    """One layer over an arena: our write and plan, with `Wrapper` for what FlashInfer computes; and torch's attention."""
     pytest.importorskip("server.kernels.cache", reason="Triton is not installed", exc_type=ImportError)
     monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(BatchPrefillWithPagedKVCacheWrapper=Wrapper))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(FlashInferAttention, "pinned", lambda self, key, which: None)
     Wrapper.made.clear()
-    shape, here = AttentionShape(2, 64, 64, None, 4, 0.125), torch.device("cpu")
-    elements = SIZE * 2 * 64
-    arena = Arena(40, 2 * elements * kept_in.itemsize // 2, torch.bfloat16, here)
-    keys, values = (arena.pages(part * elements, (SIZE, 2, 64), kept_in) for part in (0, 1))
-    mine = FlashInferAttention([shape], [keys], [values], SIZE, 64, torch.bfloat16)
-    right = PagedAttention.allocate([shape], 40, SIZE, kept_in, here)
-    assert [wrapper.planned["kv_data_type"] for wrapper in Wrapper.made] == [kept_in] and Wrapper.made[0].backend == "fa2"
     torch.manual_seed(0)
+
+    def make(kept_in):
+        shape, here = AttentionShape(2, 64, 64, None, 4, 0.125), torch.device("cpu")
+        elements = SIZE * 2 * 64
+        arena = Arena(40, 2 * elements * kept_in.itemsize // 2, torch.bfloat16, here)
+        keys, values = (arena.pages(part * elements, (SIZE, 2, 64), kept_in) for part in (0, 1))
+        mine = FlashInferAttention([shape], [keys], [values], SIZE, 64, torch.bfloat16)
+        return mine, PagedAttention.allocate([shape], 40, SIZE, kept_in, here)
+
+    return make
+
+
+def random_rows(num):
+    return torch.randn(num, 4, 64).bfloat16(), torch.randn(num, 2, 64).bfloat16(), torch.randn(num, 2, 64).bfloat16() * 200
+
+
+@pytest.mark.parametrize("kept_in", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_it_is_planned_for_the_types_of_queries_and_of_pages(kept_in, connect):
+    mine, right = connect(kept_in)
+    keys, values = mine.keys[0], mine.values[0]
+    assert [wrapper.planned["kv_data_type"] for wrapper in Wrapper.made] == [kept_in] and Wrapper.made[0].backend == "fa2"
     for spans in ([span(0, 7, 7, 0), span(7, 1, 1, 10)], [span(0, 1, 8, 0), span(1, 1, 2, 10)], [span(0, 5, 13, 0)]):
-        num = spans[-1].start + spans[-1].num_tokens
-        q, k, v = torch.randn(num, 4, 64).bfloat16(), torch.randn(num, 2, 64).bfloat16(), torch.randn(num, 2, 64).bfloat16() * 200
+        q, k, v = random_rows(spans[-1].start + spans[-1].num_tokens)
         said = []
         for attention in (mine, right):
             attention.plan(spans)
@@ -121,3 +134,16 @@ def test_it_is_planned_for_the_types_of_queries_and_of_pages(kept_in, monkeypatc
         torch.testing.assert_close(*said, atol=2.0, rtol=2e-2)
     assert torch.equal(keys.float(), right.keys[0].float()) and torch.equal(values.float(), right.values[0].float())
     assert float(values.float().abs().max()) == 448 if kept_in == torch.float8_e4m3fn else float(values.float().abs().max()) > 448
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["flashinfer", "torch"])
+def test_wanted_rows_see_what_the_step_has_written_and_write_nothing(which, connect):
+    attention = connect(torch.bfloat16)[which]
+    q, k, v = random_rows(8)
+    attention.plan([span(0, 7, 13, 0), span(7, 1, 2, 10)])
+    whole = attention.run(0, q, k, v, 0.125, None, None)
+    kept, nothing = attention.keys[0].clone(), torch.full((4, 2, 64), torch.nan).bfloat16()
+    attention.plan([span(0, 3, 13, 0), span(3, 1, 2, 10)], writes=False)
+    wanted = attention.run(0, q[4:], nothing, nothing, 0.125, None, None)
+    torch.testing.assert_close(wanted, whole[4:], atol=1e-2, rtol=1e-2)
+    assert torch.equal(attention.keys[0], kept)
