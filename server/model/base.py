@@ -210,7 +210,8 @@ class BaseModel:
 
     def decode(self, embeddings: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """embeddings [tokens, hidden] at positions [tokens] -> hidden states [tokens, hidden], or [wanted, hidden] if the state narrows."""
-        return self.decoder(inputs_embeds=embeddings[None], position_ids=positions[None], use_cache=False)[0][0]
+        with nullcontext() if self.state.narrow is None else self.layers.narrowing():
+            return self.decoder(inputs_embeds=embeddings[None], position_ids=positions[None], use_cache=False)[0][0]
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [rows, hidden] -> logits [rows, vocabulary]: the model's own forward, so that its scaling and soft caps hold."""

@@ -6,7 +6,7 @@ comes from the runner (`Narrow`); layers of transformers are called as they are.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,7 @@ class KeysWritten(Exception):  # noqa: N818 - no error: it ends a pass whose res
 
 
 class LastLayer(nn.Module):
-    """Calls a decoder layer, twice if the pass is to narrow: up to its attention with all rows, then as a whole with those wanted."""
+    """Calls a decoder layer twice: up to its attention with all rows, then as a whole with those wanted."""
 
     def __init__(self, layer: nn.Module, state: ForwardState) -> None:
         super().__init__()
@@ -46,10 +46,8 @@ class LastLayer(nn.Module):
             return getattr(self.layer, name)
 
     def forward(self, hidden: torch.Tensor, *args, **kwargs):
-        """hidden [1, rows, hidden] -> the same, or [1, wanted, hidden] where the pass narrows; if nothing is wanted, something."""
+        """hidden [1, rows, hidden] -> [1, wanted, hidden]; if nothing is wanted, something."""
         narrow = self._state.narrow
-        if narrow is None:
-            return self.layer(hidden, *args, **kwargs)
         self._state.stops_at_keys = True
         try:
             self.layer(hidden, *args, **kwargs)
@@ -87,7 +85,7 @@ class Layers:
             self._kinds = [(s, *(type(m) for m in layer.modules())) for layer, s in zip(self.modules, found.values(), strict=True)]
             parent_name, _, self._list_name = lists.pop().rpartition(".")
             self._parent, self._whole = modules[parent_name], getattr(modules[parent_name], self._list_name)
-            self._whole[-1] = LastLayer(self.modules[-1], state)
+            self._narrowing = nn.ModuleList([*self.modules[:-1], LastLayer(self.modules[-1], state)])
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -100,7 +98,16 @@ class Layers:
             yield
             return
         num_layers = 2 + max(self._kinds.index(kind) for kind in self._kinds)
-        setattr(self._parent, self._list_name, nn.ModuleList(self.modules[:num_layers]))
+        with self._replaced_by(nn.ModuleList(self.modules[:num_layers])):
+            yield
+
+    def narrowing(self) -> AbstractContextManager[None]:
+        """While inside, the last layer does what the state's `narrow` says. Outside, modules are where and what transformers made them."""
+        return self._replaced_by(self._narrowing)
+
+    @contextmanager
+    def _replaced_by(self, others: nn.ModuleList) -> Iterator[None]:
+        setattr(self._parent, self._list_name, others)
         try:
             yield
         finally:

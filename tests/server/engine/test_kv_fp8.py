@@ -71,13 +71,12 @@ def check_against_rounded(model_type):
     mine, said = first_logprobs(core), {}
     for rounds in (True, False):
         plain, its_base = make_engine(make_model(model_type, attention=ATTENTION_NAME), kv_cache_dtype="auto")
-        run = its_base.attention.run
+        write = its_base.attention.write
 
-        def rounding(layer, q, k, v, *rest, run=run, rounds=rounds):
-            rounded = [kv_dtype.stored(x, kv_dtype.FP8).view(kv_dtype.FP8).float() for x in (k, v)] if rounds else (k, v)
-            return run(layer, q, *rounded, *rest)
+        def rounding(layer, k, v, write=write, rounds=rounds):
+            write(layer, *((kv_dtype.stored(x, kv_dtype.FP8).view(kv_dtype.FP8).float() for x in (k, v)) if rounds else (k, v)))
 
-        its_base.attention.run = rounding
+        its_base.attention.write = rounding
         said[rounds] = first_logprobs(plain)
     assert torch.equal(mine, said[True])
     spread = said[False] - said[False].mean(-1, keepdim=True)
