@@ -2,7 +2,7 @@
 
 Owns the check, the cache of each issuer's keys, and the words of each refusal. Keys are asked for in a thread, once however many wait; an
 unknown key id asks again, but not more often than every half minute, so that forged ids cost nothing; while an issuer does not answer,
-the keys that it last gave hold. It does not know what a tenant is: the claim's value is `tenancy`'s to read.
+or answers anything but keys, those that it last gave hold. It does not know what a tenant is: the claim's value is `tenancy`'s to read.
 """
 
 import asyncio
@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 
 _MAX_TOKEN_CHARS = 16_384
 _MAX_JWKS_BYTES = 1 << 20
-_FETCH_TIMEOUT_S = 5.0
+_FETCH_TIMEOUT_S = 5.0  # for each read
+_PATIENCE_S = 10.0  # for all of it: an issuer that drips must hold up nobody
 _ASK_AGAIN_S = 30.0  # for a key id that nobody knows, and after a failure
 
 Fetch = Callable[[str], bytes]
@@ -41,9 +42,14 @@ def fetch_jwks(where: str) -> bytes:
     if "://" not in where:
         with Path(where).open("rb") as file:
             return file.read(_MAX_JWKS_BYTES)
-    opener = urllib.request.build_opener(_NoRedirect)
+    opener, give_up_at, raw = urllib.request.build_opener(_NoRedirect), time.monotonic() + _PATIENCE_S, b""
     with opener.open(urllib.request.Request(where, headers={"accept": "application/json"}), timeout=_FETCH_TIMEOUT_S) as answer:
-        return answer.read(_MAX_JWKS_BYTES)
+        length = answer.length
+        while (length is None or len(raw) < length) and (chunk := answer.read1(_MAX_JWKS_BYTES - len(raw))):
+            raw += chunk
+            if time.monotonic() > give_up_at:
+                raise TimeoutError(f"it sent {len(raw)} bytes in {_PATIENCE_S:g} s")
+    return raw
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -81,11 +87,12 @@ class IssuerKeys:
             if self._asked_at >= began_at or self._clock() - self._asked_at < _ASK_AGAIN_S:
                 return  # somebody else just did
             try:
-                raw = await asyncio.to_thread(self._fetch, self.issuer.jwks)
+                async with asyncio.timeout(_PATIENCE_S):
+                    raw = await asyncio.to_thread(self._fetch, self.issuer.jwks)
                 self._keys = _read(raw, self.issuer.algorithms)
                 self._given_at = self._clock()
-            except (OSError, ValueError, jwt.PyJWTError) as error:
-                log.error("the keys of issuer %s cannot be had, those that it gave before hold: %s", self.issuer.issuer, error)
+            except Exception as error:  # a broken answer may raise anything, and is no reason to turn away whose key is known
+                log.error("the keys of issuer %s cannot be had, those that it gave before hold: %r", self.issuer.issuer, error)
             finally:
                 self._asked_at = self._clock()
 
@@ -93,15 +100,15 @@ class IssuerKeys:
 def _read(raw: bytes, algorithms: tuple[str, ...]) -> dict[str | None, jwt.PyJWK]:
     """The keys that may sign; others of the set (for encryption, of a kind that is not taken) are passed over."""
     found: dict[str | None, jwt.PyJWK] = {}
-    for item in json.loads(raw).get("keys", []):
-        if item.get("use", "sig") != "sig" or item.get("kty") == "oct":
+    for item in json.loads(raw)["keys"]:
+        if not isinstance(item, dict) or item.get("use", "sig") != "sig" or item.get("kty") == "oct":
             continue
         try:
-            key = jwt.PyJWK.from_dict(item)
-        except jwt.PyJWTError:
+            key, key_id = jwt.PyJWK.from_dict(item), item.get("kid")
+        except (jwt.PyJWTError, TypeError, ValueError):
             continue
-        if key.algorithm_name in algorithms or "alg" not in item:
-            found[item.get("kid")] = key
+        if isinstance(key_id, str | None) and (key.algorithm_name in algorithms or "alg" not in item):
+            found[key_id] = key
     if not found:
         raise ValueError("there is no key for the allowed algorithms in it")
     return found
@@ -151,7 +158,7 @@ def _verified(token: str, key: jwt.PyJWK, algorithm: str, issuer: Issuer) -> dic
             token, key.key, algorithms=[algorithm], audience=list(issuer.audience), issuer=issuer.issuer, leeway=issuer.leeway_s,
             options={"require": ["exp", "iss", "aud"]},
         )  # fmt: skip
-    except jwt.PyJWTError as error:
+    except (jwt.PyJWTError, TypeError) as error:
         _refuse(error)
 
 
@@ -162,6 +169,7 @@ _REASONS: tuple[tuple[type[Exception], str, str], ...] = (
     (jwt.InvalidIssuerError, "token_issuer", "the token's issuer is not one that this server trusts"),
     (jwt.MissingRequiredClaimError, "token_claim", "the token must say until when, by whom and for whom it is (exp, iss, aud)"),
     (jwt.InvalidSignatureError, "token_signature", "the token was not signed by a key of its issuer"),
+    (TypeError, "token_signature", "the token was not signed by a key of its issuer"),  # the key is of another kind than its `alg`
 )
 
 
