@@ -1,6 +1,7 @@
 """Tokens of the last minute: counted here, and shared with the other servers of a fleet through small files on the shared file system.
 
-    usage/SERVER.json     {"used": {"tenant/acme": 1200, ...}}: what that server used in the last minute, each second anew if it changed
+    usage/SERVER.json     {"used": {"tenant/acme": 1200, ...}}: what that server used in the last minute, each second anew if it changed,
+                          now and then if it did not: who uses as much in each minute is not silent
 
 Owns the window and the files. A limit is held against this server's own count and what the others last told, which is one or two seconds
 old: so it holds for the fleet, and may be overshot by what all servers let in within that time. While the file system is away each server
@@ -19,6 +20,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 WINDOW_S = 60
+_TELL_AGAIN_S = 20.0
 _SILENT_S = 90.0  # a server that told nothing for so long uses nothing, or is dead
 _FORGET_S = 3600.0  # then anybody may remove its file
 _MAX_FILE_BYTES = 8 << 20
@@ -70,14 +72,16 @@ class FleetUsage:
         self._folder, self._own, self._clock = folder, f"{server_id}.json", clock
         folder.mkdir(parents=True, exist_ok=True)
         self._written: dict[str, int] = {}
+        self._written_at = 0.0
 
     def exchange(self, used: Mapping[str, int]) -> dict[str, int]:
         """Tell what this server used in the last minute, by what it counts for; returns the others' together. OSError."""
-        if used != self._written:
+        now = self._clock()
+        if used != self._written or (used and abs(now - self._written_at) > _TELL_AGAIN_S):
             staged = self._folder / f".{self._own}.new"
             staged.write_text(json.dumps({"used": used}))
             os.replace(staged, self._folder / self._own)
-            self._written = dict(used)
+            self._written, self._written_at = dict(used), now
         others: dict[str, int] = {}
         for entry in os.scandir(self._folder):
             if entry.name.endswith(".json") and entry.name != self._own:

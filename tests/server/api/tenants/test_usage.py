@@ -43,6 +43,23 @@ def test_servers_tell_each_other(tmp_path: Path) -> None:
     assert three.exchange({}) == {"tenant/acme": 20}
 
 
+def test_a_server_that_uses_as_much_in_each_minute_is_heard(tmp_path: Path) -> None:
+    now = [1_000_000.0]
+    steady, other = FleetUsage(tmp_path, "steady", clock=lambda: now[0]), FleetUsage(tmp_path, "other")
+    steady.exchange({"tenant/acme": 600})
+    written = tmp_path / "steady.json"
+    for seconds, is_told in ((100, True), (5, False), (-200, True)):  # the clock may be stepped back
+        now[0] += seconds
+        os.utime(written, (written.stat().st_mtime - 100,) * 2)  # what it was told before is as old as that
+        steady.exchange({"tenant/acme": 600})
+        assert other.exchange({}) == ({"tenant/acme": 600} if is_told else {})
+    steady.exchange({})
+    now[0] += 100
+    before = written.stat().st_mtime_ns
+    steady.exchange({})  # there is nothing to tell
+    assert written.stat().st_mtime_ns == before
+
+
 def test_a_dead_server_uses_nothing(tmp_path: Path) -> None:
     now = [1_000_000.0]
     dead = FleetUsage(tmp_path, "dead")
