@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from server.sources import FACTORIES
 
 TENANT_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+_HASHED_NAME = re.compile(r"id-[0-9a-f]{24}")  # of a caller whose own name cannot be one
 EVERY = "*"  # any adapter, any place of a source
 _RESERVED = ("anonymous",)  # what gateways call a caller without a key
 ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
@@ -172,10 +173,12 @@ class Rules(_Section):
         return self._named_by("claims", value)
 
     def of_gateway(self, value: str) -> Tenant | None:
-        """Whom the gateway means. With `others = "each"` everybody is somebody: by that name if it can be one, else by its hash."""
+        """Whom the gateway means. With `others = "each"` everybody is somebody: by that name if it can be one, else by its hash. A
+        caller whose name looks like a hash gets one too: it could be another one's."""
         if (known := self._named_by("gateway", value)) is not None or self.gateway.others == "refuse" or value in ("", *_RESERVED):
             return known
-        name = value if TENANT_NAME.fullmatch(value) else f"id-{hashlib.sha256(value.encode()).hexdigest()[:24]}"
+        can_be_name = TENANT_NAME.fullmatch(value) and not _HASHED_NAME.fullmatch(value)
+        name = value if can_be_name else f"id-{hashlib.sha256(value.encode()).hexdigest()[:24]}"
         return None if name in self.tenants else self._filled(name, TenantRules())
 
     def _named_by(self, what: str, value: str) -> Tenant | None:

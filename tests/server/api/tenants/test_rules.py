@@ -99,6 +99,9 @@ def test_whom_the_gateway_and_claims_mean() -> None:
     assert each.of_gateway("k2").name == "k2" and each.of_gateway("k2").sources == {"local": ("k2",)}
     one, other = each.of_gateway("arn:aws:iam::1:role/x"), each.of_gateway("arn:aws:iam::1:role/y")
     assert one.name.startswith("id-") and one.name != other.name  # no separator of an ARN comes into a name
+    posing = each.of_gateway(one.name)
+    assert posing is not None and posing.name not in (one.name, other.name)  # who is called as another one's hash is not that one
+    assert each.of_gateway("id-1").name == "id-1"
     assert each.of_gateway("") is None and each.of_gateway("anonymous") is None
 
 
