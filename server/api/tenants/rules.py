@@ -50,15 +50,19 @@ class Limits(_Section):
 Sources = dict[str, tuple[_Text, ...]]
 
 
+def _check_sources(sources: Sources) -> None:
+    for name in sources:
+        if name not in FACTORIES:
+            raise ValueError(f"sources.{name[:64]}: there is no such source; allowed are {', '.join(sorted(FACTORIES))}")
+
+
 class _Shares(_Section):
     adapters: dict[_Text, Limits] = Field({}, description='Limits of each adapter; "*": of every other one.')
     sources: Sources = Field({}, description="Places of each source: folders, bucket/prefix, hub owners; `*` is all of it.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for name in self.sources:
-            if name not in FACTORIES:
-                raise ValueError(f"sources.{name[:64]}: there is no such source; allowed are {', '.join(sorted(FACTORIES))}")
+        _check_sources(self.sources)
         return self
 
     def limits_of(self, adapter: str) -> Limits:
@@ -75,6 +79,11 @@ class Defaults(_Section):
     max_pinned: int = Field(0, ge=0, description="Adapters that it may keep in memory.")
     limits: Limits = Limits()
     sources: dict[str, tuple[_Text, ...]] = Field({}, description="As of a tenant; {tenant} in it stands for the tenant's name.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_sources(self.sources)
+        return self
 
 
 class TenantRules(_Shares):

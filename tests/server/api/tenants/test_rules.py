@@ -35,6 +35,8 @@ def rules(text: str):
         ('[tenants.""]', "a tenant's name has"),
         ("[tenants.anonymous]", "is not anonymous"),
         ('[tenants.a]\nsources = { s4 = ["x"] }', "sources.s4: there is no such source; allowed are hub, local, s3"),
+        ('[defaults]\nsources = { lokal = ["{tenant}"] }', "defaults: sources.lokal: there is no such source; allowed are hub, local, s3"),
+        ('[shared]\nsources = { lokal = ["x"] }', "shared: sources.lokal: there is no such source"),
         ('[tenants.a]\ngateway = ["k"]\n[tenants.b]\ngateway = ["k"]', "tenants.b.gateway: 'k' means tenant a already"),
         ('[tenants.a]\nclaims = ["b"]\n[tenants.b]', "tenants.b.claims: 'b' means tenant a already"),
         ('[gateway]\nothers = "all"', "gateway.others: Input should be 'refuse' or 'each'"),
