@@ -128,7 +128,7 @@ class Api:
             if self.tenancy is None or access.tenant is None or access.shared is None:
                 yield Lease([], num_sequences)
                 return
-            scopes = scopes_of(access.tenant, access.shared, selection, access.is_shared(selection))
+            scopes = scopes_of(access.tenant, access.shared, selection, access.shared_ids(selection))
             with self.tenancy.limits.admitted(scopes, num_sequences, record) as lease:
                 if record is not None:
                     record.lease = lease

@@ -99,14 +99,19 @@ class Access:
 
     def is_shared(self, selection: AdapterSelection | None) -> bool:
         """Whether every tenant may call it: the base, a shared name, an id at a shared place. Ids are as they are kept."""
+        return selection is None or self.shared_ids(selection).issuperset(selection.ids)
+
+    def shared_ids(self, selection: AdapterSelection | None) -> set[str]:
+        """Those of its ids that every tenant may call; ids are as they are kept."""
         if selection is None:
-            return True
+            return set()
         is_default = selection.source == self.registry.default_source
-        return all(
-            (is_default and not owner_of(one) and self.registry.entry(one).version is not None)
-            or (SEPARATOR not in one and self._is_shared(selection.source, one))
+        return {
+            one
             for one in selection.ids
-        )
+            if (is_default and not owner_of(one) and self.registry.entry(one).version is not None)
+            or (SEPARATOR not in one and self._is_shared(selection.source, one))
+        }
 
     def cache_salt(self, selection: AdapterSelection | None) -> str:
         """What parts this caller's prefix cache from others'; empty: it is not parted."""

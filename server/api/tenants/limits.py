@@ -7,12 +7,12 @@ when it ends, so that a minute's tokens are never overrun by what runs. For the 
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from server.api.names import owner_of, shown
+from server.api.names import shown
 from server.api.sampling import refuse
 from server.api.selection import AdapterSelection
 from server.api.tenants.rules import Limits, Shared, Tenant
@@ -29,17 +29,17 @@ class Scope:
     limits: Limits
 
 
-def scopes_of(tenant: Tenant, shared: Shared, selection: AdapterSelection | None, is_shared: bool) -> list[Scope]:
+def scopes_of(tenant: Tenant, shared: Shared, selection: AdapterSelection | None, shared_ids: Collection[str]) -> list[Scope]:
     """All that a request counts for: its tenant, its adapters as the tenant limits them, shared adapters as they are limited for all.
 
-    The selection's ids are as they are kept."""
+    The selection's ids are as they are kept; `shared_ids` are those that every tenant may call, merged with others or not."""
     found = [Scope(f"tenant/{tenant.name}", "the tenant", tenant.limits)]
     for kept in dict.fromkeys(selection.ids if selection is not None else ()):
         assert selection is not None
         name = shown(kept)
         key = f"adapter/{tenant.name}/{selection.source}/{kept}"
         found.append(Scope(key, f"adapter '{name[:256]}'", tenant.rules.limits_of(name)))
-        if is_shared and not owner_of(kept):
+        if kept in shared_ids:
             found.append(Scope(f"shared/{selection.source}/{kept}", f"adapter '{name[:256]}' for all tenants", shared.limits_of(name)))
     return [scope for scope in found if scope.limits != Limits()]
 

@@ -140,13 +140,15 @@ def test_what_a_request_counts_for() -> None:
     shared = Shared(adapters={"pirate": Limits(queue_length=3)})
     acme, beta = rules.tenant("acme"), rules.tenant("beta")
 
-    def keys(tenant, selection, is_shared=False) -> dict[str, int | None]:
-        return {one.key: one.limits.queue_length for one in scopes_of(tenant, shared, selection, is_shared)}
+    def keys(tenant, selection, *shared_ids: str) -> dict[str, int | None]:
+        return {one.key: one.limits.queue_length for one in scopes_of(tenant, shared, selection, shared_ids)}
 
     assert keys(acme, None) == {"tenant/acme": 9} and keys(beta, None) == {}
     assert keys(acme, AdapterSelection("local", "acme\\sql")) == {"tenant/acme": 9, "adapter/acme/local/acme\\sql": 1}
     pirate = AdapterSelection("local", "pirate")
-    assert keys(acme, pirate, True) == {"tenant/acme": 9, "adapter/acme/local/pirate": 2, "shared/local/pirate": 3}
-    assert keys(beta, pirate, True) == {"shared/local/pirate": 3}  # the same count for both
+    assert keys(acme, pirate, "pirate") == {"tenant/acme": 9, "adapter/acme/local/pirate": 2, "shared/local/pirate": 3}
+    assert keys(beta, pirate, "pirate") == {"shared/local/pirate": 3}  # the same count for both
     merged = AdapterSelection("local", merge=Merge(("a", "b", "a"), (1, 1, 1)))
     assert keys(acme, merged) == {"tenant/acme": 9, "adapter/acme/local/a": 2, "adapter/acme/local/b": 2}
+    with_own = AdapterSelection("local", merge=Merge(("pirate", "beta\\own"), (1, 0)))
+    assert keys(beta, with_own, "pirate") == {"shared/local/pirate": 3}  # merged with one's own it is still the shared one
