@@ -6,7 +6,7 @@ Owns shapes alone: bounds between fields, and LoRAX's words for them, are in api
 
 from typing import Annotated, Any, Literal
 
-from pydantic import FailFast, Field, field_validator
+from pydantic import FailFast, Field, StringConstraints, field_validator
 
 from server.api.schemas_common import RequestModel, ResponseModel
 from server.api.structured import NativeResponseFormat, StructuredOutputs
@@ -20,7 +20,7 @@ def _field(default: Any, description: str, examples: list[Any], *, shown: dict[s
 class MergedAdapters(RequestModel):
     """Several adapters merged for this request; the result is cached."""
 
-    ids: list[str] = Field(description="Adapter ids.", max_length=32)
+    ids: list[Annotated[str, StringConstraints(max_length=1024)]] = Field(description="Adapter ids.", max_length=32)
     weights: list[float] = Field(description="One weight an id.", max_length=32)
     merge_strategy: Literal["linear", "ties", "dare_linear", "dare_ties"] | None = Field(
         None, description="linear is the exact weighted sum; ties, dare_linear and dare_ties as PEFT's add_weighted_adapter."

@@ -96,7 +96,8 @@ class Api:
         ready = self.engine.ready
         if ready is None:
             raise Unavailable(self.engine.unhealthy_reason() or "the engine is not ready", retry_after_s=5.0)
-        self.adapters.residency.hit(selection.name_key)
+        if selection.merge is None:  # of names alone: anybody can make up any number of merges
+            self.adapters.residency.hit(selection.name_key)
         try:
             return await self.adapters.resolve(selection, ready.layout)
         except AdapterNotFound:

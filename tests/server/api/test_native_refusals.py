@@ -79,6 +79,8 @@ def test_long_prompts(live: LiveServer) -> None:
         ({"seed": -1}, "`parameters.seed`: Input should be greater than or equal to 0"),
         ({"merged_adapters": {"ids": ["a"], "weights": [1], "merge_strategy": "slerp"}},
          "merge_strategy`: Input should be 'linear', 'ties'"),
+        ({"merged_adapters": {"ids": ["a", "b" * 1025], "weights": [1, 1]}},
+         "`parameters.merged_adapters.ids[1]`: String should have at most 1024 characters"),
     ],
 )  # fmt: skip
 @pytest.mark.parity("1.2", "integers take no floats, nothing takes strings, a flag takes no null, 64-bit bounds", "same")
@@ -87,3 +89,11 @@ def test_fields_are_named(live: LiveServer, parameters: dict, message: str) -> N
     answer = live.post("/generate", {"inputs": PROMPT, "parameters": parameters})
     assert answer.status_code == 422 and answer.json()["error_type"] == "validation"
     assert message in answer.json()["error"]
+
+
+def test_merges_that_are_made_up_leave_nothing_in_memory(live: LiveServer) -> None:
+    for number in range(3):
+        merged = {"ids": [f"made-up-{number}", "and-another"], "weights": [1, number]}
+        assert live.post("/generate", {"inputs": PROMPT, "parameters": {"merged_adapters": merged}}).status_code in (422, 424)
+    residency = live.api.adapters.residency
+    assert not [key for key in (*residency._hits, *residency._uses) if key[2] is not None]
