@@ -70,12 +70,21 @@ class PublishedWeights:
 
     def prune(self, in_use: Callable[[], set[str]]) -> int:
         """Remove what no name has meant for an hour; the number of folders removed. `in_use` is asked after the folders were listed."""
-        found = [path for path in self._objects.iterdir() if time.time() - path.stat().st_mtime > _KEEP_S]
-        wanted = in_use()
-        stale = [path for path in found if path.name not in wanted]
-        for path in stale:
-            self._staging.take_away(path)
-        return len(stale)
+        found = [path for path in self._objects.iterdir() if _is_idle(path)]
+        wanted, num_removed = in_use(), 0
+        for path in found:
+            if path.name not in wanted and _is_idle(path):  # looked at again: another server may hold it by now, to publish it
+                self._staging.take_away(path)
+                num_removed += 1
+        return num_removed
+
+
+def _is_idle(path: Path) -> bool:
+    """Whether nobody held it in the last hour; False too if it is gone."""
+    try:
+        return time.time() - path.stat().st_mtime > _KEEP_S
+    except FileNotFoundError:  # another server was faster
+        return False
 
 
 class OneVersion:

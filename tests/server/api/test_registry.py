@@ -155,6 +155,13 @@ def test_published_weights_stay_for_an_hour_after_the_last_name(tmp_path: Path) 
     assert weights.prune(lambda: {stored.hash}) == 0 and folder.is_dir()
     assert weights.hold(stored.hash) and weights.prune(set) == 0  # held anew for another hour
     os.utime(folder, (hour_ago, hour_ago))
+
+    def held_meanwhile() -> set[str]:
+        assert PublishedWeights(tmp_path / "registry").hold(stored.hash)  # another server publishes it, after the names were read
+        return set()
+
+    assert weights.prune(held_meanwhile) == 0 and folder.is_dir()
+    os.utime(folder, (hour_ago, hour_ago))
     assert weights.prune(set) == 1 and not folder.exists() and not weights.hold(stored.hash)
     with pytest.raises(SourceUnavailable, match="'one': its published weights cannot be read"):
         weights.snapshot(stored.hash, "one")
