@@ -246,10 +246,11 @@ class Publisher:
                 if self.registry.entry(name).pinned:
                     self._pins.hold(name, adapter.ref)
                 await self._residency.load(adapter.ref, LOAD_TIMEOUT_S)
-        except ServerError as error:
-            if self._failed.get(name) != error.message:  # a pinned one is tried every few seconds
-                log.warning("adapter %r could not be loaded ahead: %s", name, error.message)
-            self._failed[name] = error.message
+        except Exception as error:  # a fault of ours with one adapter is no reason to let the others' pins go
+            told = error.message if isinstance(error, ServerError) else repr(error)
+            if self._failed.get(name) != told:  # a pinned one is tried every few seconds
+                log.warning("adapter %r could not be loaded ahead: %s", name, told, exc_info=not isinstance(error, ServerError))
+            self._failed[name] = told
         else:
             self._failed.pop(name, None)
 

@@ -3,7 +3,11 @@
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import pytest
+
+from server.api.adapters import AdapterSelection
 from tests.server.api.fleet import answered, forgotten, order, publish, rows, submitted, write
 from tests.server.api.live import wait_for
 from tests.server.api.test_adapters import PROMPT
@@ -151,6 +155,36 @@ def test_pins_follow_the_name_and_survive_the_engine(fleet) -> None:
     wait_for(lambda: len([pin for pin in live.seen("Pin") if pin["hash"] == two]) == 2)
     assert order(live, "adapters/dear/unpin")["pinned"] is False
     wait_for(lambda: [pin for pin in live.seen("Unpin") if pin["hash"] == two])
+
+
+def test_a_fault_of_ours_with_one_pinned_adapter_leaves_the_others_pinned(fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    live, _ = fleet
+    names = ("faulty", "sound")
+    hashes = {name: write(live, name, seed=seed) for seed, name in enumerate(names, 40)}
+    for name in names:
+        publish(live, name, pin=True)
+
+    def num_pins(name: str) -> int:
+        return len([pin for pin in live.seen("Pin") if pin["hash"] == hashes[name]])
+
+    wait_for(lambda: all(num_pins(name) == 1 for name in names))
+    resolve = live.api.adapters.resolve
+
+    async def resolve_or_fail(selection: AdapterSelection, *arguments: Any, **options: Any) -> Any:
+        if selection.adapter_id == "faulty":
+            raise RuntimeError("a fault of ours")
+        return await resolve(selection, *arguments, **options)
+
+    monkeypatch.setattr(live.api.adapters, "resolve", resolve_or_fail)
+    assert live.server._loop is not None
+    for name in names:  # as if both had new content: the first one to be looked at fails
+        live.server._loop.call_soon_threadsafe(live.api.publisher._pins.let_go, name)
+    wait_for(lambda: num_pins("sound") == 2)
+    assert num_pins("faulty") == 1
+    monkeypatch.undo()
+    wait_for(lambda: num_pins("faulty") == 2)  # it is tried again
+    for name in names:
+        order(live, f"adapters/{name}/unpin")
 
 
 def test_what_cannot_be_served_changes_nothing(fleet) -> None:
