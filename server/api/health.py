@@ -4,7 +4,6 @@ Owns no state; the engine client, the settings and the metrics do.
 """
 
 import asyncio
-import uuid
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
@@ -15,7 +14,6 @@ from server.api.adapters import AdapterSelection
 from server.api.body import body_docs, error_content, read_body
 from server.api.engine import EngineClient
 from server.api.engines import Engines
-from server.api.generation import Generation, Plan
 from server.api.metrics_json import as_json
 from server.api.names import shown
 from server.api.sampling import refuse
@@ -26,7 +24,6 @@ from server.api.stream import json_response, native_error, unless_gone
 from server.errors import AdapterNotFound, ServerError
 from server.metrics import CONTENT_TYPE
 from server.sources import FACTORIES
-from server.types import SamplingParams
 
 router = APIRouter(tags=["server"])
 _METRICS: dict[str, Any] = {
@@ -65,15 +62,11 @@ async def health(api: ApiState) -> Response:
     },
 )
 async def startup(request: Request, api: ApiState) -> Response:
-    """200 once a token has been generated through the whole queue: a probe for a start, not for each second."""
+    """200 once a token has been generated through the whole queue: a probe for a start, not for each second.
+
+    Whoever asks meanwhile waits for the same token: it needs no credential, and must not fill the queue."""
     try:
-        with api.admission.admitted(1):
-            token_ids = api.model.tokenizer.encode("liveness", add_special_tokens=False)
-            plan = Plan(
-                request_id=f"startup-{uuid.uuid4().hex}", prompts=[token_ids], max_new_tokens=[1], tokenizer=api.model.tokenizer,
-                params=SamplingParams(max_new_tokens=1),
-            )  # fmt: skip
-            await unless_gone(request, Generation(plan, api.engine).run())
+        await unless_gone(request, api.startup_probe.run())
     except ServerError as error:
         return json_response(native_error(error)[1], status=500)  # LoRAX's status, whatever it is
     return Response(status_code=200)

@@ -21,9 +21,11 @@ from server.api.admission import Admission
 from server.api.base_model import ServedModel
 from server.api.engine import EngineClient
 from server.api.engines import Engines
+from server.api.generation import Generation, Plan
 from server.api.publishing import Publisher
 from server.api.record import Record
 from server.api.sampling import Limits, too_long
+from server.api.shared_run import SharedRun
 from server.api.tenants.access import Access, PlaceOf, nowhere, unrestricted
 from server.api.tenants.callers import caller_of
 from server.api.tenants.limits import Lease, scopes_of
@@ -36,6 +38,7 @@ from server.errors import AdapterNotFound, ServerError, TemplateFailed, Unavaila
 from server.metrics import Metrics
 from server.settings import Settings
 from server.sources import canonical_name
+from server.types import SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +63,21 @@ class Api:
     metrics: Metrics
     traces: Traces | None
     started_at: int  # seconds since 1970
+    startup_probe: SharedRun = field(init=False)
     server_id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])  # tells the servers of a fleet apart
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "startup_probe", SharedRun(self._generate_one))  # frozen: made once, with all the other parts
+
+    async def _generate_one(self) -> None:
+        """One token of the base model, through the whole queue."""
+        tokenizer = self.model.tokenizer
+        with self.admission.admitted(1):
+            plan = Plan(
+                request_id=f"startup-{uuid.uuid4().hex}", prompts=[tokenizer.encode("liveness", add_special_tokens=False)],
+                max_new_tokens=[1], tokenizer=tokenizer, params=SamplingParams(max_new_tokens=1),
+            )  # fmt: skip
+            await Generation(plan, self.engine).run()
 
     @property
     def compute_type(self) -> str:

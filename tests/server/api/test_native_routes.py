@@ -1,7 +1,9 @@
 """LoRAX's other routes, and what stands before all of them: probes, /info, /metrics, other kinds of models, CORS, a gateway's prefix."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 from fastapi import FastAPI
 
@@ -17,7 +19,7 @@ from server.errors import (
     ValidationFailed,
 )
 from server.settings import Settings
-from tests.server.api.live import LiveServer, live_server
+from tests.server.api.live import LiveServer, live_server, wait_for
 from tests.server.api.test_adapters import write_adapter
 
 BODY = {"inputs": "one two", "parameters": {"max_new_tokens": 2}}
@@ -55,6 +57,21 @@ def test_startup_generates_a_token(live: LiveServer) -> None:
     answer = live.client.get("/startup")
     assert answer.status_code == 200 and answer.content == b""
     assert [entry["params"]["max_new_tokens"] for entry in live.seen("Submit")[before:]] == [1]
+
+
+def test_startups_that_ask_at_once_share_a_token(live: LiveServer) -> None:
+    """Nobody needs a credential for it: however many ask, they take one place."""
+    before = len(live.seen("Submit"))
+    live.control(hang=True)
+    with ThreadPoolExecutor(20) as threads:
+        asked = [threads.submit(httpx.get, f"{live.base_url}/startup", timeout=30) for _ in range(20)]
+        wait_for(lambda: len(live.seen("Submit")) > before)
+        with pytest.raises(httpx.ReadTimeout):  # it leaves; the others wait on
+            httpx.get(f"{live.base_url}/startup", timeout=0.5)
+        assert live.api.admission._num_sequences == 1
+        live.control()
+        assert [one.result().status_code for one in asked] == [200] * 20
+    assert len(live.seen("Submit")) - before < 5 and live.api.admission._num_sequences == 0  # a late one may have begun anew
 
 
 @pytest.mark.parity("1.3", "`/startup` fails: 500 with the error's own type", "same")
