@@ -128,7 +128,7 @@ async def delete(
     The source is left alone."""
     access = api.access(request)
     with _worded(access, api.source(None), name):
-        await _publisher(api).delete(access.to_order(name), release)
+        await _publisher(api).delete(access.to_delete(name, release), release)
     return json_response({"id": name, "object": "adapter", "deleted": True})
 
 
@@ -151,7 +151,7 @@ async def unload_lora_adapter(request: Request, api: OrdersApi) -> Response:
     body = await read_body(request, UnloadLoraRequest, max_bytes=api.settings.max_body_bytes)
     access = api.access(request)
     with _worded(access, api.source(None), body.lora_name):
-        await _publisher(api).delete(access.to_order(body.lora_name))
+        await _publisher(api).delete(access.to_delete(body.lora_name))
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 

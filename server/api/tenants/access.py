@@ -197,6 +197,19 @@ class Access:
             raise Forbidden(f"adapter '{name[:256]}' is shared: it is the operator's to change")
         return kept
 
+    def to_delete(self, name: str, release: bool = False) -> str:
+        """As `to_order`. Conflict if the caller has as many ids of sources deleted as it may have names: the registry, which all tenants
+        share, keeps each of them."""
+        kept = self.to_order(name)
+        if self.tenant is None or release or owner_of(kept) or self.registry.entry(kept).deleted:
+            return kept
+        source = self.registry.default_source
+        deleted = [one for one, entry in self.registry.view.names.items() if entry.deleted and not owner_of(one)]
+        num_own = sum(self.is_own(AdapterSelection(source, one)) for one in deleted)
+        if num_own >= self.tenant.max_names:
+            raise Conflict(f"the tenant has {num_own} ids of sources deleted, all that it may (`max_names`); let some go with `release`")
+        return kept
+
     def to_pin(self, name: str) -> str:
         """As `to_order`. Conflict if the caller keeps as many in memory as it may."""
         kept = self.to_order(name)

@@ -75,7 +75,7 @@ class Defaults(_Section):
 
     weight: float = Field(1.0, ge=MIN_WEIGHT, le=MAX_WEIGHT, description="Share of the engine against other tenants' when all have work.")
     publish: bool = Field(True, description="May publish, pin, unload and delete what is its own.")
-    max_names: int = Field(100, ge=0, description="Names that it may have published.")
+    max_names: int = Field(100, ge=0, description="Names that it may have published; and ids of sources that it may have deleted.")
     max_pinned: int = Field(0, ge=0, description="Adapters that it may keep in memory.")
     limits: Limits = Limits()
     sources: dict[str, tuple[_Text, ...]] = Field({}, description="As of a tenant; {tenant} in it stands for the tenant's name.")

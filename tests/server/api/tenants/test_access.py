@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from server.api.adapters import AdapterSelection, Merge
-from server.api.registry import Registry
+from server.api.registry import NOTHING, Entry, Registry
 from server.api.tenants.access import Access, is_below, places_of
 from server.api.tenants.callers import Caller
 from server.api.tenants.rules import Rules, parse_rules
-from server.errors import AdapterNotFound, ValidationFailed
+from server.errors import AdapterNotFound, Conflict, ValidationFailed
 from server.sources import SourceOptions, Sources
 
 RULES = """
@@ -18,6 +18,7 @@ RULES = """
 sources = { local = ["common"], s3 = ["company/shared"], hub = ["open-models"] }
 prefix_cache = true
 [tenants.acme]
+max_names = 2
 sources = { local = ["acme"], s3 = ["s3://company/adapters/acme/", "acme-bucket"], hub = ["acme-org"] }
 [tenants.every]
 sources = { local = ["*"] }
@@ -90,6 +91,21 @@ def test_one_wrong_id_of_several_refuses_all(access) -> None:
     assert access("acme").to_call(AdapterSelection("local", merge=merge)).merge == merge
     with pytest.raises(AdapterNotFound, match=r"acme/sql\+beta/sql"):
         access("acme").to_call(AdapterSelection("local", merge=Merge(("acme/sql", "beta/sql"), (1, 1))))
+
+
+async def test_ids_that_a_tenant_deletes_are_bounded(access) -> None:
+    """Each stays in the registry that all share: nobody fills it for the others."""
+    acme, every = access("acme"), access("every")
+    for number in range(2):
+        kept = acme.to_delete(f"acme/{number}")
+        await acme.registry.update(kept, lambda before, now: Entry(changed=now, deleted=True))
+    await acme.registry.update("beta/x", lambda before, now: Entry(changed=now, deleted=True))  # another's
+    for refused in ("acme/2", "acme/3"):
+        with pytest.raises(Conflict, match="has 2 ids of sources deleted, all that it may"):
+            acme.to_delete(refused)
+    assert acme.to_delete("acme/1") == "acme/1" and acme.to_delete("acme/1", True) == "acme/1" and every.to_delete("acme/9") == "acme/9"
+    await acme.registry.update("acme/1", lambda before, now: NOTHING)  # released
+    assert acme.to_delete("acme/2") == "acme/2"
 
 
 def test_everything_is_said_with_a_star(access) -> None:
