@@ -46,6 +46,8 @@ class FolderPlace:
         """See Place. Copied beside it under a hidden name, then renamed."""
         target = self._root / adapter_id
         try:
+            if target.exists():
+                _check_replaceable(target)
             target.parent.mkdir(parents=True, exist_ok=True)
             if not target.parent.resolve().is_relative_to(self._root.resolve()):
                 raise CommandFailed(f"{target} leads out of {self._root}", UNUSABLE)
@@ -65,6 +67,16 @@ class FolderPlace:
         except OSError as error:
             raise CommandFailed(f"{target} cannot be written: {error.strerror}", REFUSED) from None
         return str(target)
+
+
+def _check_replaceable(target: Path) -> None:
+    """CommandFailed if folders lie in it: they may be other adapters (`team/sql` in `team`), and would be removed with it. OSError."""
+    if inside := sorted(path.name for path in target.iterdir() if path.is_dir()):
+        raise CommandFailed(
+            f"{target} holds folders ({ascii(inside[0])}), which may be other adapters and would be removed with it. Push under another "
+            "name, or move them away first",
+            UNUSABLE,
+        )
 
 
 def _copy(source: Path, target: Path, progress: Progress) -> None:

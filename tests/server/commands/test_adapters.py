@@ -35,6 +35,17 @@ def test_push_puts_a_folder_where_the_server_finds_it_and_publishes_it(live: Liv
     assert not list((live.folder / "adapters").glob(".push-*"))
 
 
+def test_a_push_takes_no_other_adapter_away(live: LiveServer, run: Run, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "crew", seed=1)
+    assert run("adapters", "push", str(folder), "crew/cook").status == 0
+    refused = run("adapters", "push", str(folder), "crew")
+    assert refused.status == 2 and "holds folders ('cook'), which may be other adapters" in refused.err
+    assert (live.folder / "adapters/crew/cook/adapter_model.safetensors").is_file() and not (
+        live.folder / "adapters/crew/adapter_config.json"
+    ).exists()
+    assert run("adapters", "push", str(folder), "crew/cook").status == 0  # by its own name it is replaced
+
+
 def test_a_second_push_is_the_next_version_and_rollback_goes_back(live: LiveServer, run: Run, tmp_path: Path) -> None:
     hashes = []
     for seed in (1, 2):
