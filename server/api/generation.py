@@ -26,7 +26,8 @@ _MAX_MENDED = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All that decides a generation. `params` are of the first sample of each prompt; later ones differ in the seed."""
+    """All that decides a generation. `params` are of the first sample of each prompt; later ones differ in the seed, and if the seed was
+    drawn here, so do those of each prompt: equal prompts are then asked for different answers."""
 
     request_id: str
     prompts: Sequence[Sequence[int]]  # token ids
@@ -34,6 +35,7 @@ class Plan:
     params: SamplingParams
     tokenizer: Tokenizer
     samples: int = 1
+    seed_is_drawn: bool = False
     adapter: ResolvedAdapter | None = None
     stops: Sequence[str] = ()
     keep_stop: bool = True
@@ -122,9 +124,8 @@ class Generation:
     def _follow(self, sequence: TextSequence) -> AsyncGenerator[Token, None]:
         plan = self.plan
         prompt, sample = divmod(sequence.index, plan.samples)
-        params = msgspec.structs.replace(
-            plan.params, max_new_tokens=plan.max_new_tokens[prompt], seed=(plan.params.seed + sample) % (1 << 64)
-        )
+        seed = plan.params.seed + (sequence.index if plan.seed_is_drawn else sample)
+        params = msgspec.structs.replace(plan.params, max_new_tokens=plan.max_new_tokens[prompt], seed=seed % (1 << 64))
         request = EngineRequest(
             request_id=f"{plan.request_id}-{sequence.index}",
             token_ids=list(sequence.prompt_ids),

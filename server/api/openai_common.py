@@ -117,7 +117,8 @@ async def prepared(
             )
             plan = Plan(
                 request_id=record.id, prompts=prompts.ids, max_new_tokens=lease.bounded(list(prompts.max_new_tokens)), params=params,
-                tokenizer=tokenizer, samples=samples, adapter=adapter, stops=body.stop, keep_stop=False, stop_ids=stop_ids,
+                tokenizer=tokenizer, samples=samples, seed_is_drawn=wishes.seed is None, adapter=adapter, stops=body.stop, keep_stop=False,
+                stop_ids=stop_ids,
                 **access.share(selection),
                 mend=api.mending(selection, adapter),
             )  # fmt: skip

@@ -35,7 +35,7 @@ class _Common(RequestModel):
     presence_penalty: float | None = Field(None, description="-2 to 2.")
     frequency_penalty: float | None = Field(None, description="-2 to 2.")
     logit_bias: dict[str, float] | None = Field(None, description="Token id -> value added to its logit, -100 to 100.")
-    seed: int | None = Field(None, description="Same seed, same answer.", ge=-(1 << 63), lt=1 << 64)
+    seed: int | None = Field(None, description="Same seed, same answer; none: equal prompts are drawn apart.", ge=-(1 << 63), lt=1 << 64)
     user: str | None = Field(None, description="Without effect.")
     top_k: int | None = Field(None, description="> 0 (addition).")
     min_p: float | None = Field(None, description="0 to 1 (addition).")

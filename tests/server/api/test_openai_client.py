@@ -36,6 +36,16 @@ def test_models(client: openai.OpenAI) -> None:
     assert client.models.retrieve("base").id == "base"
 
 
+def test_equal_prompts_are_drawn_apart_unless_a_seed_is_given(client: openai.OpenAI, live: LiveServer) -> None:
+    def seeds(**options: Any) -> list[int]:
+        before = len(live.seen("Submit"))
+        client.completions.create(model="base", prompt=[PROMPT] * 3, n=2, max_tokens=1, **options)
+        return [one["params"].get("seed", 0) for one in live.seen("Submit")[before:]]
+
+    assert len(set(seeds())) == 6
+    assert sorted(seeds(seed=7)) == [7, 7, 7, 8, 8, 8]
+
+
 def test_completions(client: openai.OpenAI) -> None:
     answer = client.completions.create(model="base", prompt=PROMPT, max_tokens=4, n=2, logprobs=2, seed=0, echo=True, stop=None)
     assert [choice.text for choice in answer.choices] == [PROMPT * 2] * 2
