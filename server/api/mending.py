@@ -8,11 +8,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 
 from server.adapters.pack import check_pack
 from server.api.source_threads import SourceThreads
-from server.errors import AdapterRefused
+from server.errors import AdapterRefused, ServerError
 from server.sources import Store
 from server.types import AdapterRef
 
@@ -32,11 +33,12 @@ class PackMender:
     async def mend(self, ref: AdapterRef, make: Callable[[], Awaitable[AdapterRef]]) -> bool:
         """Whether the pack that the engine refused was damaged, and is whole now; one look and one making however many ask.
 
-        `make` resolves the adapter anew. Its errors pass."""
-        task = self._running.get(ref.hash)
-        if task is None:
-            task = self._running[ref.hash] = asyncio.create_task(self._mend(ref, make))
-            task.add_done_callback(lambda done: self._land(ref.hash, done))
+        `make` resolves the adapter anew. Its errors pass, but to its own caller alone: others may have named the same weights otherwise."""
+        while (running := self._running.get(ref.hash)) is not None:
+            with suppress(ServerError):
+                return await asyncio.shield(running)
+        task = self._running[ref.hash] = asyncio.create_task(self._mend(ref, make))
+        task.add_done_callback(lambda done: self._land(ref.hash, done))
         return await asyncio.shield(task)
 
     async def _mend(self, ref: AdapterRef, make: Callable[[], Awaitable[AdapterRef]]) -> bool:

@@ -12,12 +12,14 @@ import pytest
 from server.api import adapter_tokenizers
 from server.api.adapter_lists import AdapterLists
 from server.api.adapters import AdapterResolver
+from server.api.mending import PackMender
 from server.api.source_threads import SourceThreads
 from server.api.text.tokenizer import Tokenizer, load_tokenizer
 from server.errors import AdapterNotFound, AdapterRefused, SourceUnavailable
 from server.metrics import Metrics
 from server.sources import SourceChanged, SourceOptions, Sources, Store
 from server.sources import local as local_module
+from server.types import AdapterRef
 from tests.server.api.fake_engine import layout
 from tests.server.api.test_adapters import pick, write_adapter
 
@@ -254,4 +256,23 @@ async def test_listing_is_one_at_a_time_bounded_and_remembered() -> None:
         with pytest.raises(SourceUnavailable, match="asleep|within"):
             await lists.ids("local")
     assert listed.num_asked == 2
+    threads.close()
+
+
+async def test_who_mends_the_same_weights_under_another_name_hears_no_error_of_anothers(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = SourceThreads()
+    mender, ref = PackMender(store, threads), AdapterRef("0" * 64, "/nowhere", "")
+    monkeypatch.setattr(mender, "_remove_damaged", lambda ref: True)
+
+    async def gone() -> AdapterRef:
+        await asyncio.sleep(0.05)
+        raise AdapterNotFound("Adapter 'of-another' was not found")
+
+    async def there() -> AdapterRef:
+        return ref
+
+    first, second, third = await asyncio.gather(*(mender.mend(ref, make) for make in (gone, there, there)), return_exceptions=True)
+    assert isinstance(first, AdapterNotFound) and second is True and third is True
     threads.close()
