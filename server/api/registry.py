@@ -129,9 +129,10 @@ class Registry:
                 if found is not None:
                     self._take(found)
                 failure = ""
-            except (OSError, ValueError, ServerError) as error:
+            except Exception as error:  # a fault of ours too: what is not followed would be wrong for ever
                 if str(error) != failure:
-                    log.error("the registry of adapters cannot be read, what it said before holds: %s", error)
+                    is_known = isinstance(error, OSError | ValueError | ServerError)
+                    log.error("the registry of adapters cannot be read, what it said before holds: %s", error, exc_info=not is_known)
                 failure = str(error)
             await asyncio.sleep(every_s)
 

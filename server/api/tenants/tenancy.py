@@ -82,9 +82,11 @@ class Tenancy:
     async def follow(self, every_s: float) -> None:
         """Take over what changes: the file, keys, what other servers used. Never returns."""
         while True:
-            await self._refresh_rules()
-            await self._refresh_keys()
-            await self._refresh_usage()
+            for refresh in (self._refresh_rules, self._refresh_keys, self._refresh_usage):
+                try:
+                    await refresh()
+                except Exception:  # a fault of ours must not end this: a revoked key would hold for ever
+                    log.exception("tenants: what changed could not be taken over")
             await asyncio.sleep(every_s)
 
     async def _refresh_rules(self) -> None:

@@ -54,6 +54,23 @@ async def test_what_one_writes_the_other_follows(tmp_path: Path) -> None:
     following.cancel()
 
 
+async def test_a_fault_of_ours_does_not_end_the_following(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    a, b = make(tmp_path), make(tmp_path)
+
+    def fail(name: str, before: Entry, after: Entry) -> None:
+        raise KeyError(f"a fault about {name}")
+
+    b.on_change = fail
+    following = asyncio.create_task(b.follow(0.01))
+    await a.update("x", pinned)
+    await until(lambda: "a fault about x" in caplog.text)
+    seen: list[str] = []
+    b.on_change = lambda name, before, after: seen.append(name)
+    await a.update("y", pinned)
+    await until(lambda: seen == ["y"])
+    following.cancel()
+
+
 async def test_an_order_that_changes_nothing_or_fails_writes_nothing(tmp_path: Path) -> None:
     registry = make(tmp_path)
     await registry.update("x", pinned)
