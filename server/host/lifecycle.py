@@ -37,6 +37,7 @@ class Lifecycle:
         self._metadata, self._group, self._is_serving = metadata, group, is_serving
         self._stop_server, self._start_server = list(stop_server), list(start_server)
         self._drain_hook, self._launch_hook, self._settle_s = drain_hook, launch_hook, settle_s
+        self._target: str | None = None
         self._was_in_service = False
         self._announced = not launch_hook
         self._leaving_since_at: float | None = None
@@ -65,6 +66,8 @@ class Lifecycle:
 
     def _reason_to_leave(self) -> str | None:
         target = self._metadata.lifecycle_target()
+        if target != self._target:  # the launch hook holds the way into a warm pool, and once more the way out of it
+            self._target, self._announced = target, not self._launch_hook
         self._was_in_service = self._was_in_service or target == "InService"
         if target == "Terminated":
             return "the group terminates this instance"

@@ -129,6 +129,15 @@ def test_a_launch_is_held_until_the_server_answers(machine):
     assert machine.autoscaling.calls == [("CompleteLifecycleAction", "launch")]
 
 
+def test_the_hook_of_a_running_pool_is_completed_on_the_way_in_and_once_more_on_the_way_out(machine):
+    lifecycle = machine.lifecycle(launch_hook="launch")
+    for num_times, state in enumerate(("Warmed:Running", "InService"), start=1):
+        machine.target(state)
+        machine.autoscaling.waiting.add("launch")
+        lifecycle.step()
+        assert machine.autoscaling.calls == [("CompleteLifecycleAction", "launch")] * num_times and not lifecycle.is_leaving
+
+
 def test_back_to_the_pool_and_in_service_again(machine):
     lifecycle = machine.lifecycle(launch_hook="launch")
     lifecycle.step()
