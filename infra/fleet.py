@@ -205,18 +205,19 @@ class GpuFleet(Construct):
         )
         if warm := self._config.fleet.warm_pool:
             # Without it a stopped pool would stop its instances in the middle of their first boot.
-            self.group.add_lifecycle_hook(
+            hook = self.group.add_lifecycle_hook(
                 "LaunchHook",
                 lifecycle_hook_name=LAUNCH_HOOK,
                 lifecycle_transition=transition.INSTANCE_LAUNCHING,
                 heartbeat_timeout=cdk.Duration.seconds(self.grace_s),
                 default_result=autoscaling.DefaultResult.ABANDON,
             )
-            self.group.add_warm_pool(
+            pool = self.group.add_warm_pool(
                 pool_state=autoscaling.PoolState.STOPPED if warm.state == "stopped" else autoscaling.PoolState.RUNNING,
                 min_size=warm.min_size,
                 max_group_prepared_capacity=warm.max_prepared,
             )
+            pool.node.add_dependency(hook)  # the pool launches as soon as it is there
 
     def _acknowledge_prefixes(self) -> None:
         """nag's findings on the bucket's prefixes: objects below one have no list."""

@@ -97,6 +97,7 @@ def test_spot_above_the_minimum_and_types_to_fall_back_on(synth):
 def test_a_warm_pool_holds_launches_until_the_server_answers(synth):
     template = synth({"fleet.warm_pool": {"state": "stopped", "min_size": 2}})["service"]
     (pool,) = resources(template, "AWS::AutoScaling::WarmPool").values()
+    assert any("LaunchHook" in name for name in pool["DependsOn"])  # or its first instances are stopped in the middle of their boot
     assert pool["Properties"]["PoolState"] == "Stopped" and pool["Properties"]["MinSize"] == 2
     found = [hook["Properties"] for hook in resources(template, "AWS::AutoScaling::LifecycleHook").values()]
     hooks = {hook["LifecycleHookName"]: hook for hook in found}
