@@ -107,7 +107,9 @@ class Network(Construct):
         group = self._group("EndpointSecurityGroup", "interface endpoints")
         group.add_ingress_rule(self.fleet_security_group, ec2.Port.HTTPS, "instances")
         services = list(_SERVICES)
-        has_secret = self._config.model.hub_secret_arn or self._config.endpoint.auth != "api_key"  # the hub's token, the admin key
+        endpoint = self._config.endpoint
+        # The hub's token, the admin key, the gateway's key: without them no server starts.
+        has_secret = self._config.model.hub_secret_arn or endpoint.auth != "api_key" or endpoint.tenants
         services += ["secretsmanager"] if has_secret else []
         services += ["kms"] if self._config.kms_key_arn else []
         services += ["xray"] if self._config.observability.tracing == "xray" else []

@@ -64,6 +64,15 @@ def test_without_nat_there_is_no_way_out_but_endpoints(synth):
         assert f".{service}" in services, service
 
 
+@pytest.mark.parametrize(
+    ("overrides", "wanted"), [({}, False), ({"endpoint.tenants": True}, True), ({"endpoint.auth": "iam"}, True)], ids=str
+)
+def test_without_nat_secrets_are_reached_where_a_server_reads_one_at_its_start(synth, overrides, wanted):
+    templates = synth(NO_WAY_OUT | overrides)
+    assert bool(resources(templates["service"], "AWS::SecretsManager::Secret")) == wanted
+    assert ("secretsmanager" in json.dumps(resources(templates["data"], "AWS::EC2::VPCEndpoint"))) == wanted
+
+
 def test_wheels_in_the_bucket_stand_for_a_way_out(synth):
     templates = synth({"network.nat": "none", "image.wheelhouse_prefix": "wheels/", "endpoint.auth": "iam"})
     assert "secretsmanager" in json.dumps(resources(templates["data"], "AWS::EC2::VPCEndpoint"))
