@@ -3,6 +3,8 @@
 Owns who may speak to whom. Does not know what runs in the groups. `stacks` makes it; other constructs take subnets and groups from it.
 """
 
+from urllib.parse import urlsplit
+
 import aws_cdk as cdk
 from aws_cdk import aws_ec2 as ec2
 from constructs import Construct
@@ -97,6 +99,10 @@ class Network(Construct):
         fleet.add_egress_rule(ec2.Peer.any_ipv4(), ec2.Port.HTTPS, "AWS services, S3, packages")
         if self._config.network.has_way_out:
             fleet.add_egress_rule(ec2.Peer.any_ipv4(), ec2.Port.HTTP, "Ubuntu's package mirrors")
+        if collector := self._config.observability.otlp_endpoint:
+            port = urlsplit(collector).port
+            if port not in (None, 80, 443):
+                fleet.add_egress_rule(ec2.Peer.any_ipv4(), ec2.Port.tcp(port), "collector of traces")
         if self._config.network.admin_cidr:
             admin = ec2.Peer.ipv4(self._config.network.admin_cidr)
             fleet.add_ingress_rule(admin, ec2.Port.SSH, "administrator, SSH")

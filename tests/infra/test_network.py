@@ -34,6 +34,14 @@ def test_the_administrators_range_alone_gets_ssh_and_icmp(synth):
     assert open_rules == [("icmp", -1, "10.9.8.0/24"), ("tcp", 22, "10.9.8.0/24")]
 
 
+@pytest.mark.parametrize(("endpoint", "ports"), [("http://collector:4318", [80, 443, 4318]), ("https://collector", [80, 443])])
+def test_a_collector_of_traces_is_reached_on_its_port(synth, endpoint, ports):
+    data = synth({"observability.tracing": "otlp", "observability.otlp_endpoint": endpoint})["data"]
+    (fleet,) = [item for name, item in resources(data, "AWS::EC2::SecurityGroup").items() if "FleetSecurityGroup" in name]
+    rules = fleet["Properties"]["SecurityGroupEgress"]
+    assert sorted(rule["FromPort"] for rule in rules if rule["CidrIp"] == "0.0.0.0/0") == ports
+
+
 def test_requests_pass_from_link_to_balancer_to_fleet_and_no_other_way(synth):
     data = synth()["data"]
     rules = resources(data, "AWS::EC2::SecurityGroupIngress").values()
