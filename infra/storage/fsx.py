@@ -49,6 +49,9 @@ class Fsx(Construct):
         for port in _PORTS:  # its servers speak to each other
             network.storage_security_group.add_ingress_rule(network.storage_security_group, port, "Lustre's servers")
             network.storage_security_group.add_egress_rule(network.storage_security_group, port, "Lustre's servers")
+            # ... and, where a connection is gone, to their clients.
+            network.storage_security_group.add_egress_rule(network.fleet_security_group, port, "Lustre's clients")
+            network.fleet_security_group.add_ingress_rule(network.storage_security_group, port, "shared file system")
         if persistent:
             self.link = fsx.CfnDataRepositoryAssociation(
                 self,
@@ -56,6 +59,7 @@ class Fsx(Construct):
                 file_system_id=self.file_system.file_system_id,
                 file_system_path="/",
                 data_repository_path=f"s3://{bucket.bucket.bucket_name}/",
+                batch_import_meta_data_on_create=True,  # what is in the bucket already; events tell of what comes later
                 s3=fsx.CfnDataRepositoryAssociation.S3Property(
                     auto_import_policy=fsx.CfnDataRepositoryAssociation.AutoImportPolicyProperty(events=_EVENTS)
                 ),

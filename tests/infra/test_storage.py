@@ -112,6 +112,20 @@ def test_fsx_is_linked_to_the_bucket_in_both_deployments(made):
     _, persistent = make("fsx", **{"storage.fsx.deployment": "PERSISTENT_2", "storage.fsx.throughput": 250})
     (link,) = resources(persistent, "AWS::FSx::DataRepositoryAssociation").values()
     assert link["Properties"]["S3"]["AutoImportPolicy"]["Events"] == ["NEW", "CHANGED", "DELETED"]
+    assert link["Properties"]["BatchImportMetaDataOnCreate"] is True  # a bucket of an earlier file system is not empty
+
+
+def test_lustre_speaks_both_ways(made):
+    """Its servers open connections to their clients, too: AWS wants 988 and 1018 to 1023 let in on either side."""
+    _, template = made["fsx"]
+    ways = {}
+    for kind, other in (("Ingress", "SourceSecurityGroupId"), ("Egress", "DestinationSecurityGroupId")):
+        for rule in resources(template, f"AWS::EC2::SecurityGroup{kind}").values():
+            here, there = (rule["Properties"][key]["Fn::GetAtt"][0].removeprefix("Network") for key in ("GroupId", other))
+            ways.setdefault((kind, here[:5], there[:5]), set()).add((rule["Properties"]["FromPort"], rule["Properties"]["ToPort"]))
+    for way in (("Fleet", "Stora"), ("Stora", "Fleet"), ("Stora", "Stora")):
+        for kind in ("Ingress", "Egress"):
+            assert {(988, 988), (1018, 1023)} <= ways[kind, *way]
 
 
 def test_s3files_may_do_no_more_than_keep_the_bucket_in_step(made):
