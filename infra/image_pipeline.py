@@ -1,8 +1,11 @@
 """ImagePipeline: makes images that hold the server, its packages and compiled kernels (ami/), tries them, and names the newest one.
 
 Owns recipe, pipeline, the role of the machine that bakes, and how many images are kept. The recipe's name carries the digest of all that it
-installs, since Image Builder's recipes never change. `image` names the parameter that comes out. The image stack makes one.
+is made of, since Image Builder's recipes never change. `image` names the parameter that comes out. The image stack makes one.
 """
+
+import hashlib
+import json
 
 import aws_cdk as cdk
 from aws_cdk import aws_iam as iam
@@ -29,6 +32,13 @@ _STAR_REASONS = {
 }
 
 
+def recipe_digest(config: KitConfig, artifact: ServerArtifact) -> str:
+    """Of all that a recipe is made of. A change of any replaces the recipe, and the new one cannot have the old one's name."""
+    image = config.image
+    parts = [artifact.digest, image.version, image.ami_line, image.wheelhouse_prefix, config.storage.kind, config.fleet.root_gib]
+    return hashlib.sha256(json.dumps([*parts, config.kms_key_arn, config.tags], sort_keys=True).encode()).hexdigest()
+
+
 class ImagePipeline(Construct):
     """pipeline; recipe; role: of the machine that bakes; parameter_name: SSM parameter with the newest image's id."""
 
@@ -36,7 +46,7 @@ class ImagePipeline(Construct):
         super().__init__(scope, id)
         self._config = config
         self.parameter_name = baked_parameter(config)
-        self._name = f"{config.name}-{artifact.lock[:8]}-{artifact.digest[:8]}"
+        self._name = f"{config.name}-{artifact.lock[:8]}-{recipe_digest(config, artifact)[:8]}"
         self.role = self._make_role(artifact, bucket)
         self.recipe = self._make_recipe(artifact, bucket)
         self.pipeline = imagebuilder.CfnImagePipeline(

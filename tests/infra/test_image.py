@@ -61,12 +61,16 @@ def test_the_pipeline_writes_the_parameter_that_the_fleet_reads(baked):
     assert parameter_of(baked["service"])["Default"] == written["ParameterName"]
 
 
-def test_a_recipe_is_named_by_all_that_it_installs(baked):
-    from infra.artifact import digest_of, lock_of, read_content
+def test_a_recipe_is_named_by_all_that_it_is_made_of(baked, synth):
+    """CloudFormation replaces a recipe whose content changes, and cannot make the new one under a name that is taken."""
+    from infra.artifact import lock_of, read_content
 
     content = read_content()
     recipe = one(baked["image"], "ImageRecipe")
-    assert recipe["Name"] == f"manylora-{lock_of(content)[:8]}-{digest_of(content)[:8]}"
+    assert re.fullmatch(rf"manylora-{lock_of(content)[:8]}-[0-9a-f]{{8}}", recipe["Name"])
+    disk, other_files = ({"fleet.root_gib": 200}, {"storage.kind": "s3files"})
+    others = [one(synth({"image.kind": "baked", **more})["image"], "ImageRecipe")["Name"] for more in (disk, other_files)]
+    assert len({recipe["Name"], *others}) == 3
     assert recipe["AmiTags"]["manylora:lock"] == lock_of(content)
     assert recipe["ParentImage"].startswith("ssm:/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu")
     (component,) = recipe["Components"]
