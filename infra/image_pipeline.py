@@ -24,6 +24,7 @@ from infra.storage import Bucket
 COMPONENT = ROOT / "ami" / "component.yml"
 VERSION = "1.0.0"  # every change of content is another name
 KEEP_IMAGES = 3
+KEEP_USED_MONTHS = 3  # a fleet that is not deployed launches from the image of its last deploy, however many came since
 _MOUNTS = {"efs": "efs", "s3files": "s3files", "fsx": "lustre"}
 _STAR_REASONS = {
     "IAM5[Resource::*]": "the service demands it: Session Manager's calls, by which Image Builder steers the machine, know no resources",
@@ -57,6 +58,7 @@ class ImagePipeline(Construct):
             infrastructure_configuration_arn=self._make_infrastructure(network).attr_arn,
             distribution_configuration_arn=self._make_distribution().attr_arn,
             enhanced_image_metadata_enabled=True,
+            image_tags=self._tags(),  # by these the lifecycle policy finds images; those of the recipe are the AMI's
             image_tests_configuration=imagebuilder.CfnImagePipeline.ImageTestsConfigurationProperty(
                 image_tests_enabled=True, timeout_minutes=90
             ),
@@ -169,6 +171,11 @@ class ImagePipeline(Construct):
                         type="DELETE", include_resources=policy.IncludeResourcesProperty(amis=True, snapshots=True)
                     ),
                     filter=policy.FilterProperty(type="COUNT", value=KEEP_IMAGES),
+                    exclusion_rules=policy.ExclusionRulesProperty(
+                        amis=policy.AmiExclusionRulesProperty(
+                            last_launched=policy.LastLaunchedProperty(unit="MONTHS", value=KEEP_USED_MONTHS)
+                        )
+                    ),
                 )
             ],
             resource_selection=policy.ResourceSelectionProperty(tag_map=self._tags()),

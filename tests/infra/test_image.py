@@ -82,7 +82,10 @@ def test_the_pipeline_is_scheduled_tested_and_bounded(baked):
     pipeline = one(baked["image"], "ImagePipeline")
     assert pipeline["Schedule"]["ScheduleExpression"] == "cron(0 4 ? * sun *)"
     assert pipeline["ImageTestsConfiguration"]["ImageTestsEnabled"]
-    (detail,) = one(baked["image"], "LifecyclePolicy")["PolicyDetails"]
+    policy = one(baked["image"], "LifecyclePolicy")
+    (detail,) = policy["PolicyDetails"]
+    assert policy["ResourceSelection"]["TagMap"] == pipeline["ImageTags"]  # else no image is ever deleted
+    assert detail["ExclusionRules"]["Amis"]["LastLaunched"] == {"Unit": "MONTHS", "Value": 3}  # the fleet's own is not taken from it
     assert detail["Action"] == {"Type": "DELETE", "IncludeResources": {"Amis": True, "Snapshots": True}}
     machine = one(baked["image"], "InfrastructureConfiguration")
     assert machine["InstanceTypes"] == ["g6.xlarge"] and machine["TerminateInstanceOnFailure"]
