@@ -26,9 +26,11 @@ VERSION = "1.0.0"  # every change of content is another name
 KEEP_IMAGES = 3
 KEEP_USED_MONTHS = 3  # a fleet that is not deployed launches from the image of its last deploy, however many came since
 _MOUNTS = {"efs": "efs", "s3files": "s3files", "fsx": "lustre"}
+_OWN_BUCKETS = "ec2imagebuilder*"  # Image Builder's: what it starts the machine's work with (EC2InstanceProfileForImageBuilder)
 _STAR_REASONS = {
     "IAM5[Resource::*]": "the service demands it: Session Manager's calls, by which Image Builder steers the machine, know no resources",
     "IAM5[Resource::arn:<AWS::Partition>:imagebuilder:<AWS::Region>:<AWS::AccountId>:component/*]": "components that the recipe names",
+    f"IAM5[Resource::arn:<AWS::Partition>:s3:::{_OWN_BUCKETS}]": "the service's own buckets, in each region another",
     "IAM5[Resource::arn:<AWS::Partition>:logs:<AWS::Region>:<AWS::AccountId>:log-group:/aws/imagebuilder/*]": "the service's groups",
 }
 
@@ -190,6 +192,8 @@ class ImagePipeline(Construct):
         stack = cdk.Stack.of(self)
         components = stack.format_arn(service="imagebuilder", resource="component", resource_name="*")
         role.add_to_policy(iam.PolicyStatement(actions=["imagebuilder:GetComponent"], resources=[components]))
+        buckets = stack.format_arn(service="s3", region="", account="", resource=_OWN_BUCKETS)
+        role.add_to_policy(iam.PolicyStatement(actions=["s3:GetObject"], resources=[buckets]))
         groups = stack.format_arn(
             service="logs", resource="log-group", resource_name="/aws/imagebuilder/*", arn_format=cdk.ArnFormat.COLON_RESOURCE_NAME
         )

@@ -78,6 +78,11 @@ def test_a_recipe_is_named_by_all_that_it_is_made_of(baked, synth):
     assert "s3://" in json.dumps(given["ArtifactUri"]) and given["MountKind"] == ["efs"] and given["WheelhouseUri"] == ["none"]
 
 
+def test_the_machine_that_bakes_may_read_what_image_builder_gives_it(baked):
+    statements = json.dumps(resources(baked["image"], "AWS::IAM::Policy"))
+    assert ":s3:::ec2imagebuilder*" in statements and "imagebuilder:GetComponent" in statements
+
+
 def test_the_pipeline_is_scheduled_tested_and_bounded(baked):
     pipeline = one(baked["image"], "ImagePipeline")
     assert pipeline["Schedule"]["ScheduleExpression"] == "cron(0 4 ? * sun *)"
