@@ -56,7 +56,7 @@ class FleetConfig(Section):
     scale_to_zero: bool = Field(False, description="With min 0: an idle fleet ends, requests at the edge wake it.")
     schedules: tuple[ScheduleConfig, ...] = Field((), description="Sizes by time.")
     grace_s: int | None = Field(None, ge=60, le=7200, description="From launch until health checks count; auto: from the boot phases.")
-    drain_s: int = Field(900, ge=30, le=7200, description="How long running requests may take to finish when an instance goes.")
+    drain_s: int = Field(900, ge=30, le=3600, description="How long running requests may take to finish when an instance goes.")
 
     @property
     def instance(self) -> Instance:
