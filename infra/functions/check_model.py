@@ -13,15 +13,16 @@ def missing(bucket, prefix):
     """What the bucket lacks under `prefix`, as a sentence; None if the model is whole."""
     s3 = boto3.client("s3")
     where = f"s3://{bucket}/{prefix}manifest.json"
+    pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+    sizes = {item["Key"].removeprefix(prefix): item["Size"] for page in pages for item in page.get("Contents", [])}
+    # Asked for a missing key, S3 answers 403 where the right to list is bound to a prefix: the list alone can tell.
+    if "manifest.json" not in sizes:
+        return f"{where} does not exist"
     try:
         manifest = json.load(s3.get_object(Bucket=bucket, Key=f"{prefix}manifest.json")["Body"])
         files = manifest["files"].items()
-    except s3.exceptions.NoSuchKey:
-        return f"{where} does not exist"
     except (ValueError, KeyError, AttributeError, TypeError):
         return f"{where} is not a manifest"
-    pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-    sizes = {item["Key"].removeprefix(prefix): item["Size"] for page in pages for item in page.get("Contents", [])}
     for name, entry in files:
         if sizes.get(name) != entry["bytes"]:
             return f"s3://{bucket}/{prefix}{name} has {sizes.get(name, 'no')} bytes, the manifest says {entry['bytes']}"

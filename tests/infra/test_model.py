@@ -130,6 +130,18 @@ def test_check_names_what_is_missing(check):
         assert "manifest.json is not a manifest" in ask()[1]
 
 
+def test_check_says_what_to_do_where_s3_denies_a_missing_key(check, monkeypatch):
+    """The role's right to list is bound to the prefix, and with such a right S3 answers 403, not 404, to who asks for what is not there."""
+    ask, client = check
+
+    def denied(**_):
+        raise client.exceptions.ClientError({"Error": {"Code": "AccessDenied"}}, "GetObject")
+
+    monkeypatch.setattr(client, "get_object", denied)
+    monkeypatch.setattr(boto3, "client", lambda service: client)
+    assert "manifest.json does not exist. Put it there." in ask()[1]
+
+
 def test_check_answers_when_the_bucket_cannot_be_read(check):
     ask, _ = check
     status, reason = ask(bucket="another-bucket")
