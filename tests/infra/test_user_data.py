@@ -127,6 +127,14 @@ def test_units_ask_only_for_variables_that_user_data_writes():
         assert used <= written, f"{unit.name}: {used - written}"
 
 
+def test_the_server_waits_for_a_model_that_comes_with_the_second_try():
+    """systemd.service(5): without RestartMode=direct each failed try fails the start of what requires the unit, for good."""
+    server, model = ((AMI / name).read_text().splitlines() for name in ("manylora.service", "manylora-model.service"))
+    assert "Requires=manylora-model.service" in server and "After=manylora-model.service" in server
+    assert {"Type=oneshot", "Restart=on-failure", "RestartMode=direct"} <= set(model[model.index("[Service]") :])
+    assert {"StartLimitIntervalSec=3600", "StartLimitBurst=5"} <= set(model[: model.index("[Service]")])
+
+
 def test_the_servers_unit_gives_a_drain_its_time():
     unit = (AMI / "manylora.service").read_text()
     assert "KillMode=mixed" in unit and "KillSignal=SIGTERM" in unit and "Restart=always" in unit
