@@ -9,4 +9,5 @@ package=$(mktemp --suffix=.deb)
 trap 'rm -f "$package"' EXIT
 curl -fsS --retry 3 -o "$package" \
     "https://amazoncloudwatch-agent-$region.s3.$region.amazonaws.com/ubuntu/amd64/latest/amazon-cloudwatch-agent.deb"
-dpkg -i -E "$package"
+# dpkg itself does not wait for the lock that unattended-upgrades holds after a boot.
+DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=600 -q -y install "$package"

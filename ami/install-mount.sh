@@ -24,7 +24,10 @@ elif [ "$kind" = lustre ]; then  # AWS's own repository; its modules follow Ubun
     "${apt[@]}" install "lustre-client-modules-$(uname -r)"
 else
     installer=$(mktemp)
-    trap 'rm -f "$installer"' EXIT
+    APT_CONFIG=$(mktemp)  # the installer's own apt-get must wait for the lock, too
+    export APT_CONFIG
+    trap 'rm -f "$installer" "$APT_CONFIG"' EXIT
+    echo 'DPkg::Lock::Timeout "600";' >"$APT_CONFIG"
     curl -fsS --retry 5 -o "$installer" https://amazon-efs-utils.aws.com/efs-utils-installer.sh
     sh "$installer" --install
 fi

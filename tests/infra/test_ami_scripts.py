@@ -1,5 +1,6 @@
 """The small scripts of ami/ with stand-ins for the programs that they call: what is asked of whom, and what is refused."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -100,6 +101,21 @@ def test_efs_utils_and_the_lustre_client_come_from_aws(machine, tmp_path):
     assert machine.run("install-mount.sh", "lustre", **places).returncode == 0
     assert "https://fsx-lustre-client-repo.s3.amazonaws.com/ubuntu" in (tmp_path / "list").read_text()
     assert any("DPkg::Lock::Timeout" in call and "install lustre-client-modules-" in call for call in machine.calls)
+
+
+def test_nothing_fails_because_another_holds_the_package_lock(machine, tmp_path):
+    """unattended-upgrades does for minutes after a boot; apt-get waits if it is told to, dpkg never does."""
+    machine.put("apt-get")
+    machine.put("dpkg", "exit 2")
+    machine.put_curl("a package")
+    result = machine.run("install-agent.sh", "eu-west-1")
+    assert result.returncode == 0, result.stderr
+    assert "https://amazoncloudwatch-agent-eu-west-1.s3.eu-west-1.amazonaws.com/" in machine.calls[0]
+    assert re.fullmatch(r"apt-get -o DPkg::Lock::Timeout=\d+ -q -y install /\S+\.deb", machine.calls[1])
+    seen = tmp_path / "seen"
+    machine.put_curl(f'cat "$APT_CONFIG" >{seen}; {put_helper(machine, "efs")}')
+    assert machine.run("install-mount.sh", "efs").returncode == 0
+    assert seen.read_text() == 'DPkg::Lock::Timeout "600";\n'
 
 
 def test_with_a_wheelhouse_nothing_is_downloaded(machine, tmp_path):
