@@ -1,6 +1,6 @@
 #!/bin/bash
-# Puts this release's units, log rotation and CloudWatch agent configuration in place. user-data calls it once it has written
-# /etc/manylora/*.env, and so does whoever rolls a new release.   STOP_S: seconds that systemd gives the server to drain
+# Puts this release's units, log rotation, needrestart's exception and CloudWatch agent configuration in place. user-data calls it once it
+# has written /etc/manylora/*.env, and so does whoever rolls a new release.   STOP_S: seconds that systemd gives the server to drain
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -13,6 +13,7 @@ if [ -n "${STOP_S:-}" ]; then
     printf '[Service]\nTimeoutStopSec=%s\n' "$STOP_S" >/etc/systemd/system/manylora.service.d/drain.conf
 fi
 install -m 644 "$here/logrotate.conf" /etc/logrotate.d/manylora
+[ ! -d /etc/needrestart/conf.d ] || install -m 644 "$here/needrestart.conf" /etc/needrestart/conf.d/manylora.conf
 systemctl daemon-reload
 systemctl enable manylora-model.service manylora.service manylora-agent.service
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 # Whole components alone; what stands before is neither a path nor a word.
 _OWN = re.compile(
-    r"(?<![\w./}])(/(?:opt/(?:manylora|dlami|aws)|etc/(?:manylora|systemd/system|fstab|logrotate\.d)"
+    r"(?<![\w./}])(/(?:opt/(?:manylora|dlami|aws)|etc/(?:manylora|systemd/system|fstab|logrotate\.d|needrestart/conf\.d)"
     r"|var/(?:lib|log|cache)/manylora|mnt/manylora|run/manylora-admin))(?![\w-])"
 )
 _TEXTS = {".sh", ".service", ".conf", ".json"}

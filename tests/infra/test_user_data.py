@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from infra.artifact import read_content
 from infra.config import KitConfig
 from infra.server_settings import OWNED, SETTINGS
 from infra.user_data import MAX_BYTES, SCRIPT, render, server_environment
@@ -133,6 +134,13 @@ def test_the_server_waits_for_a_model_that_comes_with_the_second_try():
     assert "Requires=manylora-model.service" in server and "After=manylora-model.service" in server
     assert {"Type=oneshot", "Restart=on-failure", "RestartMode=direct"} <= set(model[model.index("[Service]") :])
     assert {"StartLimitIntervalSec=3600", "StartLimitBurst=5"} <= set(model[: model.index("[Service]")])
+
+
+def test_an_upgrade_of_packages_restarts_none_of_our_units():
+    text = (AMI / "needrestart.conf").read_text()
+    pattern, value = re.search(r"^\$nrconf\{override_rc\}\{qr\((.+?)\)\} = (\d);$", text, re.MULTILINE).groups()
+    assert value == "0" and all(re.search(pattern, unit.name) for unit in AMI.glob("*.service"))
+    assert "needrestart.conf" in (AMI / "configure.sh").read_text() and "ami/needrestart.conf" in read_content()
 
 
 def test_the_servers_unit_gives_a_drain_its_time():
