@@ -22,7 +22,7 @@ from infra.errors import ConfigError
 from infra.front_door import add_domain, add_firewall
 from infra.gateway_key import GatewayKey
 from infra.gateway_logs import ACCESS_LOG_FORMAT, GatewayLogs
-from infra.load_balancer import LoadBalancer
+from infra.load_balancer import IDLE_MARGIN_S, LoadBalancer
 from infra.network import Network
 from infra.routes import Access, Route, mapped
 
@@ -37,8 +37,9 @@ CORS_HEADERS = ["authorization", "content-type", "x-amz-date", "x-amz-security-t
 def edge_settings(config: KitConfig) -> dict[str, Any]:
     """What the servers must be told about what stands before them: settings of the server, for user-data.
 
-    A private integration sends the stage's name as the path's first part, and a browser wants the CORS answer from the server itself."""
-    settings: dict[str, Any] = {"root_path": f"/{STAGE}"}
+    A private integration sends the stage's name as the path's first part, and a browser wants the CORS answer from the server itself. The
+    load balancer must be the first to close an idle connection: a request on one that the server is closing ends with 502."""
+    settings: dict[str, Any] = {"root_path": f"/{STAGE}", "idle_connection_s": config.endpoint.timeout_s + 2 * IDLE_MARGIN_S}
     if config.endpoint.cors_origins:
         origins = list(config.endpoint.cors_origins)
         settings |= {"cors_allow_origin": origins, "cors_allow_method": CORS_METHODS, "cors_allow_header": CORS_HEADERS}

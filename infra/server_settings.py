@@ -27,6 +27,7 @@ OWNED = {
     "port": "none: the load balancer's target port",
     "drain_timeout_s": "fleet.drain_s",
     "otlp_endpoint": "observability.otlp_endpoint",
+    "idle_connection_s": "endpoint.timeout_s",
     "root_path": "none: the gateway's stage",
     "cors_allow_origin": "endpoint.cors_origins",
     "cors_allow_method": "endpoint.cors_origins",

@@ -12,11 +12,12 @@ import sys
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 64 << 10
+HEAD_S = 75.0  # a request's head, from the connection's beginning or its own first byte
 _PROBE_AFTER_S, _PROBE_EVERY_S, _NUM_PROBES = 60, 15, 4  # of a silent peer: gone for sure after two minutes
 
 
 class BoundedConnection(HttpToolsProtocol):
-    """As uvicorn's; closed if a request's head is not there in the time that an idle connection may take, or is too long."""
+    """As uvicorn's; closed if a request's head is not there in HEAD_S, or is too long."""
 
     _head_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
@@ -53,7 +54,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def _await_head(self) -> None:
         self._head_bytes = 0
-        self._head_timer = self.loop.call_later(self.timeout_keep_alive, self._end_if_waiting)
+        self._head_timer = self.loop.call_later(HEAD_S, self._end_if_waiting)
 
     def _stop_waiting(self) -> None:
         if self._head_timer is not None:

@@ -33,7 +33,7 @@ class DrainingServer(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 http=BoundedConnection,
-                timeout_keep_alive=75,
+                timeout_keep_alive=api.settings.idle_connection_s,
                 timeout_graceful_shutdown=_CLOSE_TIMEOUT_S,
             )
         )

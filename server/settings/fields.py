@@ -185,6 +185,9 @@ class Settings(BaseModel):
     )
     drain_timeout_s: float = _set(120.0, "Server", "After SIGTERM running requests have this long to finish.", ge=0)
     keep_alive_s: float = _set(15.0, "Server", "A silent stream gets a comment this often.", gt=0)
+    idle_connection_s: int = _set(
+        75, "Server", "A connection without a request is closed after this; more than a load balancer before us waits before it does.", ge=1
+    )
     write_timeout_s: float = _set(60.0, "Server", "A client that takes no bytes for this long is dropped.", gt=0)
     template_timeout_s: float = _set(1.0, "Server", "Time limit of a chat template that an adapter brings.", gt=0, le=60)
     tool_call_format: Literal["auto", "hermes", "llama3_json", "mistral"] = _set(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from server.api import connections
 from server.api.connections import MAX_HEAD_BYTES
 from tests.server.api.live import LiveServer, live_server, wait_for
 
@@ -77,9 +78,9 @@ def test_a_client_that_reads_a_byte_at_a_time(tmp_path, model_dir) -> None:
     "closed after 75 s; 431 for a head over 64 KiB",
     "others do not notice",
 )  # fmt: skip
-def test_clients_that_never_come_to_the_point(tmp_path, model_dir) -> None:
+def test_clients_that_never_come_to_the_point(tmp_path, model_dir, monkeypatch) -> None:
+    monkeypatch.setattr(connections, "HEAD_S", 1)
     with live_server(tmp_path, model_dir) as live:
-        live.server.config.timeout_keep_alive = 1
         silent, half, drips, used = (connect(live) for _ in range(4))
         half.sendall(b"POST /generate HTTP/1.1\r\nhost: x\r\nx-")
         used.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
@@ -105,12 +106,26 @@ def test_clients_that_never_come_to_the_point(tmp_path, model_dir) -> None:
             raw.close()
 
 
-def test_a_long_answer_is_not_taken_for_a_head_that_does_not_come(tmp_path, model_dir) -> None:
+def test_a_long_answer_is_not_taken_for_a_head_that_does_not_come(tmp_path, model_dir, monkeypatch) -> None:
+    monkeypatch.setattr(connections, "HEAD_S", 0.3)
     with live_server(tmp_path, model_dir) as live:
-        live.server.config.timeout_keep_alive = 0.3
         live.control(step_s=0.02)
         answer = live.post("/generate", {"inputs": "one two", "parameters": {"max_new_tokens": 60}})  # longer than that
         assert answer.status_code == 200 and answer.json()["generated_text"]
+
+
+def test_a_connection_between_two_requests_may_be_idle_for_longer_than_a_head_may_take(tmp_path, model_dir, monkeypatch) -> None:
+    """A load balancer keeps connections and must be the first to close one: else it answers 502 to a request that it was sending."""
+    monkeypatch.setattr(connections, "HEAD_S", 0.3)
+    with live_server(tmp_path, model_dir, idle_connection_s=3) as live:
+        kept = connect(live)
+        for pause_s in (1.0, 0.0):
+            kept.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert b"200 OK" in kept.recv(4096)
+            time.sleep(pause_s)
+        assert not is_closed(kept)
+        wait_for(lambda: is_closed(kept), 20)
+        kept.close()
 
 
 @pytest.mark.fault(

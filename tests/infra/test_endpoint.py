@@ -190,7 +190,7 @@ def test_the_servers_are_told_what_stands_before_them():
     assert settings["root_path"] == "/" + synth().one("AWS::ApiGateway::Stage")["StageName"]
     assert settings["cors_allow_origin"] == origins and "x-api-key" in settings["cors_allow_header"]
     Settings(model_id="model", **settings)  # every name and value is one of the server's
-    assert set(edge_settings(KitConfig.load("dev", ROOT))) == {"root_path"}
+    assert set(edge_settings(KitConfig.load("dev", ROOT))) == {"root_path", "idle_connection_s"}
 
 
 def test_the_gateway_shows_the_admin_key_on_admin_routes_alone():

@@ -2,7 +2,9 @@
 
 import json
 
-from tests.infra.edge_stack import synth
+from infra.config import KitConfig
+from infra.endpoint import edge_settings
+from tests.infra.edge_stack import ROOT, synth
 
 ATTRIBUTES = "LoadBalancerAttributes"
 
@@ -15,7 +17,8 @@ def test_it_is_internal_and_waits_longer_than_the_gateway():
     template = synth({"endpoint.timeout_s": 600, "fleet.drain_s": 200})
     balancer = template.one("AWS::ElasticLoadBalancingV2::LoadBalancer")
     assert balancer["Scheme"] == "internal"
-    assert int(attributes(balancer)["idle_timeout.timeout_seconds"]) > 600
+    idle_s = int(attributes(balancer)["idle_timeout.timeout_seconds"])
+    assert 600 < idle_s < edge_settings(KitConfig.load("dev", ROOT, {"endpoint.timeout_s": 600}))["idle_connection_s"]
     assert attributes(balancer)["routing.http.drop_invalid_header_fields.enabled"] == "true"
     group = template.one("AWS::ElasticLoadBalancingV2::TargetGroup")
     found = attributes(group, "TargetGroupAttributes")
