@@ -107,6 +107,7 @@ class EndpointConfig(Section):
     tenants: bool = Field(
         False, description="Callers are tenants, each with its own adapters and limits (docs/tenants.md); the default is one for all."
     )
+    key_generation: int = Field(1, ge=1, description="Raise it to have the keys between gateway and servers made anew (docs/upgrades.md).")
     rate: float = Field(20, gt=0, le=10_000, description="Requests a second of the stage, and of a key.")
     burst: int = Field(40, ge=1, le=5_000, description="Requests above rate for a moment.")
     quota_per_day: int | None = Field(None, ge=1, description="With auth api_key: requests of a key a day.")

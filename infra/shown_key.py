@@ -36,12 +36,16 @@ class ShownKey(Construct):
             role.grant_principal.add_to_principal_policy(allow)
 
     def _make(self, config: KitConfig, what: str) -> secrets.Secret:
+        # CloudFormation reads a secret again only where the reference itself changes: another key is another secret.
+        generation = config.endpoint.key_generation
         secret = secrets.Secret(
             self,
-            "Secret",
+            "Secret" if generation == 1 else f"Secret{generation}",
             description=f"{config.name}: {what}",
             encryption_key=data_key(self, config),
             generate_secret_string=secrets.SecretStringGenerator(exclude_punctuation=True, password_length=NUM_CHARACTERS),
         )
-        acknowledge(secret, {"SMG4": "the gateway and the instances read it at a deploy and at boot: a new one is a deploy"})
+        acknowledge(
+            secret, {"SMG4": "gateway and instances read it at a deploy and at boot: a new one is a deploy with another generation"}
+        )
         return secret

@@ -17,7 +17,7 @@ import server.api
 from infra.alb_integration import AlbIntegration
 from infra.auth import MODES
 from infra.config import ConfigError, KitConfig
-from infra.endpoint import edge_settings
+from infra.endpoint import ADMIN_HEADER, GATEWAY_HEADER, edge_settings
 from infra.routes import NOT_MAPPED, ROUTES, Access, mapped
 from server.settings import Settings
 from tests.infra.edge_stack import JWT, LAMBDA, ROOT, synth, text_of
@@ -43,6 +43,19 @@ def server_routes():
 def _as_mapped(path):
     """As the gateway writes it: a parameter that takes slashes is the path's end there."""
     return re.sub(r"\{(\w+):path\}.*", r"{\1+}", path)
+
+
+def test_another_generation_is_another_key_for_gateway_and_servers():
+    """CloudFormation does not read a secret again while the reference to it stays the same, and a stage serves its deployment's copy."""
+    found = []
+    for generation in (1, 2):
+        template = synth({"endpoint.auth": "iam", "endpoint.tenants": True, "endpoint.key_generation": generation})
+        shown = template.methods()["POST", "/v1/adapters"]["Integration"]["RequestParameters"]
+        keys = [json.dumps(shown[f"integration.request.header.{name}"]) for name in (ADMIN_HEADER, GATEWAY_HEADER)]
+        found.append(
+            (set(template.of_type("AWS::SecretsManager::Secret")), set(keys), set(template.of_type("AWS::ApiGateway::Deployment")))
+        )
+    assert all(len(one) == len(other) and not one & other for one, other in zip(*found, strict=True))
 
 
 def test_every_route_of_the_server_is_mapped_or_left_out_with_a_reason():
