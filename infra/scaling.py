@@ -10,6 +10,7 @@ from aws_cdk import aws_cloudwatch_actions as actions
 from constructs import Construct
 
 from infra.config import KitConfig
+from infra.errors import ConfigError
 from infra.fleet import GpuFleet
 from infra.load_balancer import LoadBalancer
 from infra.signals import LOAD_RATIO, NAMESPACE, balancer_metric, computed, group_metric, server_metric
@@ -23,7 +24,7 @@ class Scaling(Construct):
 
     def __init__(self, scope: Construct, id: str, *, config: KitConfig, fleet: GpuFleet, load_balancer: LoadBalancer) -> None:
         super().__init__(scope, id)
-        self._config, self._group, self._load_balancer = config, fleet.group, load_balancer
+        self._config, self._group, self._grace_s, self._load_balancer = config, fleet.group, fleet.grace_s, load_balancer
         self._track_load()
         for schedule in config.fleet.schedules:
             self._group.scale_on_schedule(
@@ -79,7 +80,7 @@ class Scaling(Construct):
         self._step("Wake", wanted, num_periods=1, kind=autoscaling.AdjustmentType.CHANGE_IN_CAPACITY, adjustment=1)
 
     def _sleep(self) -> None:
-        """From some to zero, once instances have been in service for the whole time with nothing to do."""
+        """From some to zero, once instances have been in service for the whole time with nothing to do. ConfigError if a boot is longer."""
         idle = computed(
             "IF(FILL(serving, 0) > 0 AND FILL(requests, 0) == 0 AND FILL(load, 0) == 0, 1, 0)",
             label="idle",
@@ -87,7 +88,12 @@ class Scaling(Construct):
             requests=balancer_metric(self._load_balancer, "RequestCount"),
             load=server_metric(self._group, LOAD_RATIO, "Maximum"),
         )
-        minutes = self._config.scaling.idle_minutes
+        minutes, boot_minutes = self._config.scaling.idle_minutes, -(-self._grace_s // 60)
+        if minutes < boot_minutes:  # an instance is in service for the group from its launch on
+            raise ConfigError(
+                f"scaling.idle_minutes must be {boot_minutes} or more, the grace period: an instance that boots would be taken for idle "
+                f"and ended, each time that a request woke the fleet. Given: {minutes}"
+            )
         self._step("Sleep", idle, num_periods=minutes, kind=autoscaling.AdjustmentType.EXACT_CAPACITY, adjustment=0)
 
     def _step(self, name: str, metric: cw.MathExpression, *, num_periods: int, kind: autoscaling.AdjustmentType, adjustment: int) -> None:

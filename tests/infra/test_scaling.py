@@ -2,6 +2,9 @@
 
 import json
 
+import pytest
+
+from infra.errors import ConfigError
 from infra.signals import LOAD_RATIO, NAMESPACE
 from server.host import group, load
 from tests.infra.edge_stack import synth
@@ -71,6 +74,9 @@ def test_an_idle_fleet_sleeps_after_its_time_and_not_while_it_boots():
     assert "serving, 0) > 0" in expression and "requests, 0) == 0" in expression and "load, 0) == 0" in expression
     step = policy(synth({**ZERO, "scaling.idle_minutes": 45}), "SleepPolicy")
     assert step["AdjustmentType"] == "ExactCapacity" and step["StepAdjustments"][0]["ScalingAdjustment"] == 0
+    synth({**ZERO, "scaling.idle_minutes": 15})  # the stand-in's grace period
+    with pytest.raises(ConfigError, match="scaling.idle_minutes must be 15 or more"):
+        synth({**ZERO, "scaling.idle_minutes": 14})
 
 
 def test_waking_and_sleeping_are_no_alarms_of_the_operator():
