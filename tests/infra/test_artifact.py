@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.artifact import digest_of, lock_of, read_content, write_archive
+from infra.artifact import EXTRAS, digest_of, lock_of, read_content, write_archive
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,6 +21,11 @@ def names(text: str) -> list[str]:
     """Packages of a requirements file."""
     lines = (line.split("#")[0].strip() for line in text.splitlines())
     return [re.split(r"[\[<>=~! ]", line)[0].lower().replace("_", "-") for line in lines if line]
+
+
+def test_the_documented_wheelhouse_holds_all_that_an_instance_installs():
+    """Without a way out, pip has the wheels alone: an extra that the archive asks for and the command leaves out ends the boot."""
+    assert f"'.[{','.join(EXTRAS)}]' -r ami/kernel-requirements.txt" in (ROOT / "docs" / "deploy.md").read_text()
 
 
 def test_the_archive_holds_what_an_instance_needs_and_nothing_else(content):
