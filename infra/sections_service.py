@@ -52,7 +52,9 @@ class FleetConfig(Section):
     )
     spot_percent: int = Field(0, ge=0, le=100, description="Share of the instances above min that are spot.")
     warm_pool: WarmPoolConfig | None = Field(None, description="Instances kept ready beside the group.")
-    scale_in_protection: bool = Field(False, description="New instances are protected from scale-in.")
+    scale_in_protection: bool = Field(
+        False, description="New instances are protected from scale-in, and so from destroy (docs/deploy.md, Clean up)."
+    )
     scale_to_zero: bool = Field(False, description="With min 0: an idle fleet ends, requests at the edge wake it.")
     schedules: tuple[ScheduleConfig, ...] = Field((), description="Sizes by time.")
     grace_s: int | None = Field(None, ge=60, le=7200, description="From launch until health checks count; auto: from the boot phases.")
@@ -76,6 +78,8 @@ class FleetConfig(Section):
             raise ValueError(f"min <= desired <= max must hold. Given: {self.min}, {wanted}, {self.max}")
         if self.scale_to_zero != (self.min == 0):
             raise ValueError(f"min = 0 and scale_to_zero = true go together: else nothing would wake the fleet. Given: min {self.min}")
+        if self.scale_to_zero and self.scale_in_protection:
+            raise ValueError("scale_to_zero cannot be had together with scale_in_protection: a protected fleet never ends for being idle")
         if self.warm_pool and (self.spot_percent or self.fallback_types):
             raise ValueError("warm_pool cannot be had together with spot_percent or fallback_types (EC2 Auto Scaling refuses the mix)")
         names = [schedule.name for schedule in self.schedules]

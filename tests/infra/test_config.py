@@ -60,6 +60,7 @@ REFUSED = [
     ({"image.kind": "ami", "image.ami_id": "ami-0123456789abcdef0", "image.ami_line": "base"}, "remove ami_line"),
     ({"scaling.idle_minutes": 10}, "scaling.idle_minutes needs fleet.scale_to_zero = true"),
     ({**EXISTING, "endpoint.private": True}, "endpoint.vpc_endpoint_ids must name execute-api endpoints"),
+    ({"fleet.min": 0, "fleet.scale_to_zero": True, "fleet.scale_in_protection": True}, "scale_to_zero cannot be had together with"),
     ({"fleet.drain_s": 7200}, "fleet.drain_s: Input should be less than or equal to 3600"),  # the load balancer's deregistration delay
     ({"image.schedule": "rate(7 days)"}, "schedule needs kind baked"),
     ({"image.version": "newest"}, "image.version: "),
