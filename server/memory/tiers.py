@@ -88,14 +88,14 @@ class AdapterTiers:
         for ref, host, seconds, error in self._readers.take():
             entry = self._entries[ref.hash]
             entry.reading = False
-            if error is None and host.bytes > self.device.max_bytes:
-                limit = self.device.max_bytes
+            if error is None and host.bytes > (limit := self.device.max_bytes):
                 error = AdapterRefused(f"adapter '{ref.name}' needs {host.bytes} bytes on the device; adapters may take {limit} in all")
             if error is not None:
                 failed.append((ref.hash, error))
                 self._on_event(ref.hash, "failed", 0, seconds, str(error))
-                self._let_go(entry)
-            elif entry.forget and entry.num_wanted == 0:
+            if error is not None or (entry.forget and entry.num_wanted == 0):
+                if host is not None:
+                    self._carrier.leave_host(host)
                 self._let_go(entry)
             else:
                 self._keep_on_host(entry, host, seconds)

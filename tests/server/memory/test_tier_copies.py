@@ -143,3 +143,17 @@ def test_reads_that_hang_are_given_up_and_hold_up_nobody_else():
     finally:
         opened.set()
         tiers.close()
+
+
+@pytest.mark.parametrize("size, forgotten", [(60, False), (10, True)])
+def test_what_is_read_and_not_kept_gives_its_host_memory_back(size, forgotten):
+    carrier = SlowCopies()
+    tiers = AdapterTiers(carrier, 100, 50)
+    tiers.prefetch(ref("a", size))
+    if forgotten:
+        tiers.forget("a")
+    failed, deadline = [], time.monotonic() + 5
+    while tiers.state("a") != "absent" and time.monotonic() < deadline:
+        failed += tiers.poll()[1]
+        time.sleep(0.001)
+    assert carrier.left == [("host", "a")] and len(failed) == (not forgotten) and tiers.host.used_bytes == 0
