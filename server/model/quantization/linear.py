@@ -70,7 +70,8 @@ class QuantizedProduct:
         for weight in self.weights:
             for num_rows in sorted({*range(1, min(max_rows, 512) + 1), max_rows}):
                 choice = choose(_card(device), num_rows, weight.in_features, weight.out_features, weight.code)
-                kind = (weight.code, weight.group, weight.in_features, weight.integer_zeros, self.bias is None, choice)
+                by_16 = weight.out_features % 16 == 0  # Triton compiles for that
+                kind = (weight.code, weight.group, weight.in_features, by_16, weight.integer_zeros, self.bias is None, choice)
                 if kind not in seen:
                     seen.add(kind)
                     _multiply(torch.zeros(num_rows, weight.in_features, dtype=dtype, device=device), weight, self.bias)
