@@ -4,6 +4,8 @@ It does not know queues or sockets. `launch` returns before the device is done w
 the next step can then be launched with tokens that are still unknown here: they are read from where the last step leaves them.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import reduce
 from operator import or_
 
@@ -120,8 +122,7 @@ class Runner:
                 hidden = base.decode(embeddings, self._to_device(batch.positions))  # [tokens, hidden]
             if not len(batch.head_rows):
                 return
-            is_narrow = state.narrow is not None or len(batch.head_rows) == len(batch.ids)
-            rows = hidden if is_narrow else hidden[self._to_device(batch.head_rows)]
+            rows = hidden if len(batch.head_rows) == len(batch.ids) else hidden[self._to_device(batch.head_rows)]
             logits = base.head(rows)  # [head rows, vocabulary]
         finally:
             state.clear()
@@ -138,13 +139,17 @@ class Runner:
             return None  # compiled code takes a single row for a constant, and would be compiled anew for it
         state, spans = self.base.state, batch.head_spans
 
-        def begin() -> None:
+        @contextmanager
+        def alone() -> Iterator[None]:
+            before = state.token_segments, state.tiles
             state.token_segments = state.head_segments
             if self.tiling is not None and not apart:
                 state.tiles = self.tiling.tiles_for(self._bases(batch)[batch.head_rows])
             self.base.attention.plan(spans, writes=False)
+            yield
+            state.token_segments, state.tiles = before  # what comes behind the layers has all rows again
 
-        return Narrow(self._to_device(batch.head_rows), begin)
+        return Narrow(self._to_device(batch.head_rows), alone)
 
     def _ids(self, batch: Batch, before: Launch | None) -> torch.Tensor:
         unknown = None if before is None else batch.unknown_rows(before.drawn_row)

@@ -209,7 +209,7 @@ class BaseModel:
         return self.embedding_module(ids[None])[0]
 
     def decode(self, embeddings: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """embeddings [tokens, hidden] at positions [tokens] -> hidden states [tokens, hidden], or [wanted, hidden] if the state narrows."""
+        """embeddings [tokens, hidden] at positions [tokens] -> hidden states [tokens, hidden], of wanted rows if the state narrows."""
         with nullcontext() if self.state.narrow is None else self.layers.narrowing():
             return self.decoder(inputs_embeds=embeddings[None], position_ids=positions[None], use_cache=False)[0][0]
 

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Narrow:
-    """Rows of a step that its last layer is wanted for. `begin` plans attention, which writes nothing, and adapters for these alone."""
+    """Rows of a step that its last layer is wanted for. Within `alone` attention, which writes nothing, and adapters go by these."""
 
     rows: torch.Tensor  # int64 [wanted]
-    begin: Callable[[], None]
+    alone: Callable[[], AbstractContextManager[None]]
 
 
 class KeysWritten(Exception):  # noqa: N818 - no error: it ends a pass whose rest nobody needs
@@ -45,25 +45,26 @@ class LastLayer(nn.Module):
         except AttributeError:
             return getattr(self.layer, name)
 
-    def forward(self, hidden: torch.Tensor, *args, **kwargs):
-        """hidden [1, rows, hidden] -> [1, wanted, hidden]; if nothing is wanted, something."""
+    def forward(self, *args, **kwargs):
+        """hidden [1, rows, hidden] and whatever else -> the same, nought in rows that nobody wants. The decoder never sees fewer rows than
+        it gave: some put their output into the shape of their input."""
         narrow = self._state.narrow
+        if not _is_flat(args):
+            return self.layer(*args, **kwargs)
         self._state.stops_at_keys = True
         try:
-            self.layer(hidden, *args, **kwargs)
+            self.layer(*args, **kwargs)
         except KeysWritten:
             pass
         finally:
             self._state.stops_at_keys = False
-        if not len(narrow.rows):
-            return hidden
-        num_rows = hidden.shape[1]
-        narrow.begin()
-
-        def pick(value):
-            return _pick(value, num_rows, narrow.rows)
-
-        return self.layer(pick(hidden), *map(pick, args), **{name: pick(value) for name, value in kwargs.items()})
+        whole = torch.zeros_like(args[0])
+        if len(narrow.rows):
+            picked, named = _pick((args, tuple(kwargs.values())), whole.shape[1], narrow.rows)
+            with narrow.alone():
+                out = self.layer(*picked, **dict(zip(kwargs, named, strict=True)))
+            whole.index_copy_(1, narrow.rows, out)
+        return whole
 
 
 class Layers:
@@ -79,8 +80,9 @@ class Layers:
                 found[".".join(path[:end])] = shape
         self.modules = [modules[name] for name in found]
         lists = {name.rpartition(".")[0] for name in found}
-        # Layers of several lists, or with several attentions each, are called in an order that nobody here knows.
-        self.narrows = len(lists) == 1 and len(found) == len(attention)
+        # Layers of several lists, or with several attentions each, are called in an order that nobody here knows; where some of a list
+        # have none, the last with attention need not be the last.
+        self.narrows = len(lists) == 1 and len(found) == len(attention) and list(modules[min(lists)]) == self.modules
         if self.narrows:
             self._kinds = [(s, *(type(m) for m in layer.modules())) for layer, s in zip(self.modules, found.values(), strict=True)]
             parent_name, _, self._list_name = lists.pop().rpartition(".")
@@ -114,13 +116,17 @@ class Layers:
             setattr(self._parent, self._list_name, self._whole)
 
 
+def _is_flat(args: tuple) -> bool:
+    """Whether a layer is given its hidden states first, and as [1, rows, hidden]."""
+    return bool(args) and isinstance(args[0], torch.Tensor) and args[0].dim() == 3 and args[0].shape[0] == 1
+
+
 def _pick(value, num_rows: int, rows: torch.Tensor):
-    """The wanted rows of whatever has all of them: [1, rows, ..], [rows], and tuples of such (rotary embeddings)."""
+    """The wanted rows of whatever has all of them: [1, rows, ..], [rows, ..], and tuples of such (rotary embeddings)."""
     if isinstance(value, tuple):
         return tuple(_pick(one, num_rows, rows) for one in value)
     if isinstance(value, torch.Tensor):
-        if value.dim() > 1 and value.shape[1] == num_rows:
-            return value.index_select(1, rows)
-        if value.dim() == 1 and value.shape[0] == num_rows:
-            return value.index_select(0, rows)
+        axis = 1 if value.dim() > 1 and value.shape[0] == 1 else 0
+        if value.dim() > axis and value.shape[axis] == num_rows:
+            return value.index_select(axis, rows)
     return value
