@@ -56,8 +56,8 @@ def mixed_sizes(max_rows: int, max_sequences: int) -> list[GraphSize]:
 
 
 class _Buffers:
-    """Numbers that a step's graph reads, refreshed by one copy for each type. Two host sides take turns, as those of
-    FlashInferAttention.pinned do."""
+    """Numbers that a step's graph reads, refreshed by one copy for each type. Two host sides take turns: no more than one step is queued
+    behind the one that runs (runner.Launch.follow)."""
 
     def __init__(self, num_rows: int, device: torch.device) -> None:
         n = num_rows

@@ -37,7 +37,7 @@ class Launch:
         self.drawn: torch.Tensor | None = None
         self.drawn_row: dict[Sequence, int] = {}
         self._results: dict[str, Sampled] = {}
-        self._copied: torch.cuda.Event | None = None
+        self._done: torch.cuda.Event | None = None
         self._on_host: torch.Tensor | None = None
 
     def keep(self, results: dict[str, Sampled]) -> None:
@@ -46,20 +46,25 @@ class Launch:
 
     def defer(self, sequences: list[Sequence], drawn: torch.Tensor) -> None:
         """The step's tokens are on the device alone yet."""
-        self.is_deferred, self.drawn = True, drawn
+        self.drawn = self._on_host = drawn
         self.drawn_row = {sequence: row for row, sequence in enumerate(sequences)}
         if drawn.device.type == "cuda":
             self._on_host = torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True)
             self._on_host.copy_(drawn, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-        else:
-            self._on_host = drawn
+        self.follow(drawn.device, is_deferred=True)
+
+    def follow(self, device: torch.device, *, is_deferred: bool) -> None:
+        """Wait for the device in `collect`, even where it brings nothing: host buffers are written anew in turns while no more than one
+        step is queued behind the one that runs, and a newcomer shall not stand behind all of a long prompt."""
+        self.is_deferred = is_deferred
+        if device.type == "cuda":
+            self._done = torch.cuda.Event()
+            self._done.record()
 
     def collect(self) -> dict[str, Sampled]:
         """What was drawn, by request id; waits for the device. What failed there is raised here."""
-        if self._copied is not None:
-            self._copied.synchronize()
+        if self._done is not None:
+            self._done.synchronize()
         if self._on_host is not None:
             tokens = self._on_host.tolist()
             for sequence, row in self.drawn_row.items():
@@ -100,6 +105,8 @@ class Runner:
         if apart:  # an adapter that replaces weights or modules: its rows see its own modules, uncaptured and uncompiled
             with self.base.replacements():
                 self._run(launch, make_batch(apart), before, False, apart=True)
+        if not any(chunk.samples for chunk in chunks):
+            launch.follow(self.base.device, is_deferred=defers)
         return launch
 
     def _run(self, launch: Launch, batch: Batch, before: Launch | None, defers: bool, *, apart: bool = False) -> None:

@@ -129,3 +129,21 @@ def test_large_steps_with_their_last_layer_for_wanted_rows_say_what_small_ones_s
             said.append({name: tokens(outputs) for name, outputs in answers(engine, requests).items()})
     assert any(one is not None and len(one.rows) == 80 for one in seen)  # all prompts in one step
     assert sum(said[0][name] == said[1][name] for name in said[0]) >= 0.8 * len(prompts)
+
+
+def test_the_chunks_of_a_long_prompt_are_right_on_a_device_that_is_behind():
+    """What a replay reads from the host is copied before a later step writes it anew, however long that takes."""
+    changes = dict(max_batch_size=8, max_batch_tokens=16, prefix_caching=False)
+    core, _ = make_engine(make_model("llama", attention=ATTENTION_NAME, **SHAPE).bfloat16(), **(OPTIONS | changes))
+    rng = random.Random(6)
+    prompt, said, replay = [rng.randrange(3, VOCAB) for _ in range(120)], [], core.runner.graphs.replay
+    for cycles in (0, 20_000_000):  # 10 ms before each step's copies
+
+        def late(*step, cycles=cycles):
+            torch.cuda._sleep(cycles)
+            return replay(*step)
+
+        core.runner.graphs.replay = late
+        request = EngineRequest(str(cycles), prompt, SamplingParams(max_new_tokens=4))
+        said.append(tokens(answers(core, [request])[str(cycles)]))
+    assert said[0] == said[1]

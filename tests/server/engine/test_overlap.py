@@ -3,7 +3,10 @@
 import json
 
 import pytest
+import torch
 
+from server.engine.core import run_until_idle
+from server.engine.runner import Launch
 from server.types import EngineRequest, SamplingParams
 from tests.server.engine.test_core import (  # noqa: F401 - collected here again
     engine,
@@ -77,3 +80,32 @@ def test_what_needs_the_host_waits_for_it_and_only_while_it_is_there(params):
     assert together == {k: v for request in asked for k, v in steps_of([request], overlap=False)[0].items()}
     unknown = [dict(launch).get("plain") for launch in launches]
     assert unknown[1:4] == [0, 0, 0] and 1 in unknown[5:]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_long_prompt_is_not_queued_on_the_device_as_a_whole(overlap, monkeypatch):
+    """A step that draws nothing is waited for as others are: the host's buffers for two steps are not written by a third."""
+    waited, follow = [], Launch.follow
+
+    class Event:
+        def record(self):
+            waited.append(False)
+            self.index = len(waited) - 1
+
+        def synchronize(self):
+            waited[self.index] = True
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Launch, "follow", lambda self, _, is_deferred: follow(self, torch.device("cuda"), is_deferred=is_deferred))
+    core, _ = engine(overlap=overlap)
+    launch, queued = core.runner.launch, []
+
+    def note(chunks, before=None):
+        queued.append(waited.count(False))
+        return launch(chunks, before)
+
+    core.runner.launch = note
+    core.add(EngineRequest("a", prompt(1, 62), SamplingParams(max_new_tokens=2)))
+    outputs = run_until_idle(core)
+    assert [output.error for output in outputs] == [None, None] and len(queued) == 5
+    assert queued == ([0, 1, 1, 1, 1] if overlap else [0] * 5) and all(waited)
