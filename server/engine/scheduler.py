@@ -1,10 +1,11 @@
 """Which sequences get how many tokens in the next step. Host bookkeeping alone: no torch, no sockets, no clock but for waiting times.
 
 One budget of tokens a step holds decode rows and prefill chunks together (vLLM v1's `{request: tokens}`). Decode rows come first, and
-beside them prompts have a share of the step that follows from how many wait (`_prompt_budget`), so a long prompt never delays them for
-long. Who starts next is the waiting queue's to say (engine.fairness). Two resources are admitted together: KV blocks, over-committed and
-won back by preempting the youngest, which is computed again later; and adapters, pinned on the device while a sequence runs. The youngest
-is who started last: with another order a tenant that is next by right would be the first to be preempted.
+beside them prompts have a share of the step that follows from how many of their tokens wait (`_prompt_budget`): few that come and go hold
+the others up little, a backlog (or one prompt as long as one) by whole steps. Who starts next is the waiting queue's to say
+(engine.fairness). Two resources are admitted together: KV blocks, over-committed and won back by preempting the youngest, which is
+computed again later; and adapters, pinned on the device while a sequence runs. The youngest is who started last: with another order a
+tenant that is next by right would be the first to be preempted.
 """
 
 import logging
