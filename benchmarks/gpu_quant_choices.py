@@ -1,10 +1,10 @@
 """What benchmarks.gpu_quant_kernels tries beside the card's choice, by code and number of rows. No torch.
 
-Of 4-bit codes at few rows: sums joined by the last program of a tile, strips without parts of K, tiles of other sizes; at many: tiles
-whose numbers are scaled before the product, which need one set of sums and so can be larger, and Dense in blocks.
+Of 4-bit codes at few rows: sums joined by the last program of a tile, tiles of other sizes; at many: tiles whose numbers are scaled before
+the product, which need one set of sums and so can be larger, and Dense in blocks.
 """
 
-from server.kernels.quantized_launch import Choice, Dense, Few, Strip, Tile
+from server.kernels.quantized_launch import Choice, Dense, Few, Tile
 
 WHOLE = 1 << 30  # rows of a weight
 
@@ -25,9 +25,6 @@ def _few(num_rows: int) -> list[Choice]:
     found += [Tile(block_m, 32, split, 2, 4, False, True) for split in (1, 2, 4)]
     if num_rows <= 8:
         found += [Tile(8, 64, split, 2, 4, True, True) for split in (1, 2, 4, 8)]
-    if num_rows <= 16:
-        rows = 8 if num_rows <= 8 else 16
-        found += [Strip(rows, n, warps, stages) for n, warps, stages in ((16, 4, 4), (16, 4, 6), (16, 8, 3), (32, 4, 3), (32, 8, 3))]
     return found
 
 

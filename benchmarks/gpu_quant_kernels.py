@@ -24,7 +24,7 @@ from benchmarks.gpu_kernels_cases import DEVICE, DTYPE, WIDTHS
 from benchmarks.gpu_quant_choices import variations
 from server.kernels.quantized import QuantizedWeight, multiply_reference, pack
 from server.kernels.quantized_kernels import multiply
-from server.kernels.quantized_launch import Choice, Dense, Few, Strip, Tile, choose
+from server.kernels.quantized_launch import Choice, Dense, Few, Tile, choose
 from sizing.printing import run_tool
 
 LAYERS = 6
@@ -80,7 +80,7 @@ def _job(code: Code, num_rows: int, in_features: int, choice: Choice) -> Job:
     """The same for all numbers of rows and inputs that share what is compiled."""
     if isinstance(choice, Few):
         return Job(code, num_rows, in_features, choice)
-    rows = {Tile: 16, Strip: 8}.get(type(choice), 512)
+    rows = 16 if isinstance(choice, Tile) else 512
     if isinstance(choice, Tile) and not choice.join:
         choice = choice._replace(split_k=min(2, choice.split_k))
     return Job(code, rows, in_features if isinstance(choice, Dense) else 4096, choice)

@@ -9,17 +9,15 @@ import torch
 from server.kernels.quantized import QuantizedWeight
 from server.kernels.quantized_dense import dense, scaled
 from server.kernels.quantized_few import few
-from server.kernels.quantized_launch import Choice, Few, Strip, Tile
-from server.kernels.quantized_strip import strip
+from server.kernels.quantized_launch import Choice, Few, Tile
 from server.kernels.quantized_tile import TYPES, tile
 
 
 def multiply(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None, choice: Choice) -> torch.Tensor:
     """x [rows, in] -> [rows, out] in x's type, as quantized.multiply_reference means it. ValueError if x does not fit.
 
-    The error beside it: rounding of sums; a Tile that is scaled and Dense round the weight to x's type, a Tile or Strip of zeros that are
-    not whole the code less its zero;
-    Dense of fp8 rounds each row of x to e4m3 (3 bits of mantissa) as well."""
+    The error beside it: rounding of sums; a Tile that is scaled and Dense round the weight to x's type, a Tile of zeros that are not whole
+    the code less its zero; Dense of fp8 rounds each row of x to e4m3 (3 bits of mantissa) as well."""
     if x.dtype not in TYPES or x.ndim != 2 or x.shape[1] != weight.in_features:
         raise ValueError(f"x: {x.dtype} {list(x.shape)}; expected [rows, {weight.in_features}] of one of {[str(t) for t in TYPES]}")
     if weight.order is not None:
@@ -31,8 +29,6 @@ def multiply(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None
         few(x, weight, bias, y, choice)
     elif isinstance(choice, Tile):
         tile(x, weight, bias, y, choice)
-    elif isinstance(choice, Strip):
-        strip(x, weight, bias, y, choice)
     elif weight.code == "fp8":
         scaled(x, weight, bias, y)
     else:

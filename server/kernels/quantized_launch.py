@@ -34,23 +34,13 @@ class Tile(NamedTuple):
     scaled: bool = False
 
 
-class Strip(NamedTuple):
-    """Of 4-bit codes, up to `block_m` rows of x, 8 or 16: `block_n` rows of the weight a program and all of its inputs, along which the
-    warps lie, each with tensor cores of its own; their sums are added at the end, so there is no second launch."""
-
-    block_m: int
-    block_n: int
-    warps: int
-    stages: int
-
-
 class Dense(NamedTuple):
     """`block_rows` rows of the weight at a time: as many as stay in the card's L2."""
 
     block_rows: int
 
 
-Choice = Few | Tile | Strip | Dense
+Choice = Few | Tile | Dense
 
 
 class _Row(NamedTuple):

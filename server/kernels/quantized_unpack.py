@@ -1,6 +1,6 @@
 """Codes of 4 bits as the tensor cores' numbers, in the registers that they were loaded in. Needs Triton.
 
-Called by the kernels of quantized_tile.py and quantized_strip.py; quantized.py says how codes lie in words.
+Called by the kernels of quantized_tile.py; quantized.py says how codes lie in words.
 """
 
 import triton

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.gpu_quant_choices import variations
 from server.kernels.launch import card_of
-from server.kernels.quantized_launch import Dense, Few, Strip, Tile, choose
+from server.kernels.quantized_launch import Dense, Few, Tile, choose
 
 
 @pytest.mark.parametrize("code, bits", [("int4", 4), ("int8", 8)])
@@ -16,10 +16,7 @@ def test_the_card_s_choice_is_first_and_the_others_fit(code, bits, num_rows):
     for choice in found:
         if isinstance(choice, Few):
             assert bits == 8 and num_rows <= choice.rows
-        if isinstance(choice, Strip):
-            assert bits == 4 and num_rows <= choice.block_m in (8, 16)
         if bits == 8 and isinstance(choice, Tile):
             assert not (choice.join or choice.scaled)
     kinds = {type(choice) for choice in found}
-    assert (Strip in kinds) == (bits == 4 and num_rows <= 16)
     assert Dense in kinds or num_rows <= 32

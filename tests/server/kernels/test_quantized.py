@@ -6,7 +6,7 @@ import torch
 from server.kernels import quantized
 from server.kernels.launch import card_of
 from server.kernels.quantized import NF4, QuantizedWeight, check_group, dequantize, multiply_reference, pack, together, unpack
-from server.kernels.quantized_launch import Dense, Few, Strip, Tile, choose
+from server.kernels.quantized_launch import Dense, Few, Tile, choose
 from tests.server.kernels.packed import DEVICE, ON_CARD
 
 kernels = pytest.importorskip("server.kernels.quantized_kernels", reason="Triton is not installed", exc_type=ImportError)
@@ -17,9 +17,6 @@ WAYS = {
     "dense": (5, Dense(24)), "tile that joins": (17, Tile(16, 32, 4, 4, 2, True, True)),
     "tile of scaled numbers": (9, Tile(16, 32, 2, 4, 2, False, True, True)),
 }  # fmt: skip
-
-
-STRIPS = {"strip": (3, Strip(8, 16, 2, 2)), "strip of more rows": (13, Strip(16, 16, 4, 1))}  # of 4-bit codes
 
 
 def random_weight(code: str, n: int, k: int, group: int, *, zeros: str = "whole", order: bool = False) -> QuantizedWeight:
@@ -76,21 +73,6 @@ def test_every_code_in_every_way(code, way):
     dtypes = (torch.float32, torch.bfloat16, torch.float16) if ON_CARD else (torch.float32,)
     for dtype in dtypes:
         check(weight, num_rows, choice, dtype, with_bias=way != "few 2")
-
-
-@pytest.mark.parametrize("way", STRIPS)
-@pytest.mark.parametrize("code, k, group", [("int4", 256, 128), ("int4", 320, 64), ("int4", 96, 32), ("nf4", 576, 64), ("int4", 512, 512)])
-def test_strips_of_all_inputs(code, k, group, way):
-    torch.manual_seed(4)
-    weight = random_weight(code, 40, k, group)
-    for dtype in (torch.float32, torch.bfloat16):
-        check(weight, *STRIPS[way], dtype, with_bias=way == "strip")
-
-
-def test_a_strip_is_of_few_rows_and_4_bits():
-    for num_rows, code in ((17, "int4"), (2, "int8")):
-        with pytest.raises(ValueError, match=f"for up to 16 rows and codes of 4 bits, not for {num_rows} and {code}"):
-            kernels.multiply(torch.zeros(num_rows, 256, device=DEVICE), random_weight(code, 16, 256, 256), None, Strip(16, 16, 4, 2))
 
 
 def test_a_product_that_joins_leaves_its_counts_as_they_were():
