@@ -18,6 +18,13 @@ def picker(page: Page) -> Locator:
     return page.get_by_role("listbox", name="Adapters")
 
 
+def opened(live: LiveServer, open_page: OpenPage) -> Page:
+    """The page with the adapters in it: before they have come it asks the base alone."""
+    page = open_page(f"{live.base_url}/ui")
+    expect(page.locator(".chip")).to_have_count(5)
+    return page
+
+
 def ask(page: Page) -> None:
     page.get_by_role("button", name="Ask").click()
     expect(page.get_by_text(re.compile(r"^(\d+) of \1 answers are there$"))).to_have_count(1)
@@ -28,7 +35,7 @@ def answer_of(page: Page, name: str) -> str:
 
 
 def test_base_and_four_adapters_stream_side_by_side(live: LiveServer, open_page: OpenPage) -> None:
-    page = open_page(f"{live.base_url}/ui")
+    page = opened(live, open_page)
     expect(picker(page).get_by_role("option", selected=True)).to_have_text(
         ["json", "pirate", "sql", "team/haiku"]
     )  # the first four, at once
@@ -51,7 +58,7 @@ def test_base_and_four_adapters_stream_side_by_side(live: LiveServer, open_page:
 
 
 def test_a_fifth_is_refused_until_one_is_taken_off(live: LiveServer, open_page: OpenPage) -> None:
-    page = open_page(f"{live.base_url}/ui")
+    page = opened(live, open_page)
     picker(page).get_by_role("option", name="zebra").click()
     expect(page.get_by_text("4 at most: take one off first")).to_be_visible()
     page.get_by_role("button", name="Take pirate off").click()
@@ -88,7 +95,7 @@ def test_search_among_thousands_by_keyboard(tmp_path: Path, model_dir: Path, ope
 
 def test_stop_ends_the_requests_on_the_server(live: LiveServer, open_page: OpenPage) -> None:
     live.control(step_s=0.05)
-    page = open_page(f"{live.base_url}/ui")
+    page = opened(live, open_page)
     page.get_by_label("Tokens").fill("900")
     page.get_by_role("button", name="Ask").click()
     expect(page.locator(".answer[aria-busy=true]")).to_have_count(5)
@@ -104,7 +111,7 @@ def test_stop_ends_the_requests_on_the_server(live: LiveServer, open_page: OpenP
 
 
 def test_what_fails_is_said_in_its_own_card(live: LiveServer, open_page: OpenPage) -> None:
-    page = open_page(f"{live.base_url}/ui")
+    page = opened(live, open_page)
     expect(cards(page)).to_have_count(5)
     live.control(fail="the engine could not", kind="GenerationFailed")
     ask(page)
@@ -120,14 +127,14 @@ def test_what_fails_is_said_in_its_own_card(live: LiveServer, open_page: OpenPag
 def test_what_a_model_writes_is_never_read_as_html(live: LiveServer, open_page: OpenPage) -> None:
     text = "<img src=x onerror=alert(1)><script>alert(2)</script><b>bold</b>"
     live.answer(text)
-    page = open_page(f"{live.base_url}/ui")
+    page = opened(live, open_page)
     ask(page)
     assert answer_of(page, "the base") == text
     assert page.locator(".answer-text :is(img, script, b)").count() == 0
 
 
 def test_plain_text_goes_to_completions(live: LiveServer, open_page: OpenPage) -> None:
-    page = open_page(f"{live.base_url}/ui")
+    page = opened(live, open_page)
     page.get_by_label("As", exact=True).select_option("plain text")
     page.get_by_label("Prompt").fill("alpha beta")
     page.get_by_label("Prompt").press("Control+Enter")

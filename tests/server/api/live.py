@@ -44,7 +44,8 @@ class LiveServer:
 
     def seen(self, kind: str) -> list[dict[str, Any]]:
         path = self.folder / "engine.log"
-        lines = path.read_text().splitlines() if path.exists() else []
+        text = path.read_text() if path.exists() else ""
+        lines = text[: text.rfind("\n") + 1].splitlines()  # a last line may be half written
         return [entry for entry in map(json.loads, lines) if entry["kind"] == kind]
 
     def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
