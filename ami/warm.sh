@@ -9,5 +9,9 @@ mkdir -p "$cache"
 # The same folders as in manylora.service.
 export TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor FLASHINFER_WORKSPACE_BASE=$cache
 cd "$here/.."
-.venv/bin/python ami/try_server.py --shapes ami/warm-shapes.toml --device cuda "$@"
+# As it is, then with each option that brings kernels of its own: products of 4-bit weights, attention over keys and values in e4m3.
+for flags in "" "--flag=--quantize --flag=int4" "--flag=--kv-cache-dtype --flag=fp8"; do
+  # shellcheck disable=SC2086 # several words
+  .venv/bin/python ami/try_server.py --shapes ami/warm-shapes.toml --device cuda $flags "$@"
+done
 ! getent passwd manylora >/dev/null || chown -R manylora:manylora "$cache"

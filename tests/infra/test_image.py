@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -123,14 +124,30 @@ def test_baking_and_booting_compile_into_the_same_folders():
         assert value in warm
 
 
+def trial(*arguments: str) -> list[str]:
+    command = [sys.executable, "ami/try_server.py", "--shapes", "ami/warm-shapes.toml", "--device", "cpu", "--companies", "1,3"]
+    return [*command, *arguments, "tiny"]
+
+
 @pytest.mark.slow
 def test_the_trial_serves_a_tiny_model_with_an_adapter(tmp_path):
     """What validate.sh and warm.sh run on the image, here on a CPU."""
-    command = [sys.executable, "ami/try_server.py", "--shapes", "ami/warm-shapes.toml", "--device", "cpu", "--companies", "1,3", "tiny"]
+    command = trial()
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0 and "tiny: served in" in result.stdout, result.stdout + result.stderr
     wrong = subprocess.run([*command[:-1], "huge"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2 and "no shape huge" in wrong.stderr
+
+
+@pytest.mark.slow
+def test_every_choice_that_is_warmed_is_one_that_the_server_takes():
+    """The options of warm.sh, as its loop gives them."""
+    (line,) = [line for line in (AMI / "warm.sh").read_text().splitlines() if line.startswith("for flags in ")]
+    bare, *choices = [words.split() for words in shlex.split(line.removesuffix("; do"))[3:]]
+    assert not bare and len(choices) == 2
+    for flags in choices:
+        result = subprocess.run(trial(*flags), cwd=ROOT, capture_output=True, text=True, timeout=200)
+        assert result.returncode == 0 and "tiny: served in" in result.stdout, result.stdout + result.stderr
 
 
 def test_the_agents_metrics_are_those_that_alarms_and_dashboard_read():
