@@ -122,7 +122,7 @@ CONTRAST = """
 
 def test_nothing_moves_for_whoever_wants_it_so(live: LiveServer, open_page: OpenPage) -> None:
     page = open_page(f"{live.base_url}/ui", reduced_motion="reduce")
-    live.control(step_s=0.05)
+    live.answer("word " * 900, step_s=0.05)  # nobody's answer ends meanwhile
     page.get_by_role("button", name="Ask").click()
     busy = page.locator(".answer[aria-busy=true] .answer-text").first
     expect(busy).to_be_visible()

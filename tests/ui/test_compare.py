@@ -94,7 +94,7 @@ def test_search_among_thousands_by_keyboard(tmp_path: Path, model_dir: Path, ope
 
 
 def test_stop_ends_the_requests_on_the_server(live: LiveServer, open_page: OpenPage) -> None:
-    live.control(step_s=0.05)
+    live.answer("word " * 900, step_s=0.05)  # nobody's answer ends by itself
     page = opened(live, open_page)
     page.get_by_label("Tokens").fill("900")
     page.get_by_role("button", name="Ask").click()
