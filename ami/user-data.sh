@@ -23,6 +23,8 @@ LOG_GROUP=''        # CloudWatch log group; empty: no agent
 DRAIN_HOOK=''       # lifecycle hooks that server.host.agent completes
 LAUNCH_HOOK=''
 READY_S=''          # the server must answer within so many seconds of the script's start
+HEAL_S=''           # later on, one that does not answer for so long has its instance replaced
+ENTER_S=''          # from the server's first answer until the load balancer sends it requests
 MANYLORA_MODEL_ID=''
 MANYLORA_PORT=''
 MANYLORA_DRAIN_TIMEOUT_S=''
@@ -126,7 +128,7 @@ write_configuration() {
         printf '%s="%s"\n' "$name" "${value//\"/\\\"}"
     done >"$CONFIG/server.env.new"
     mv "$CONFIG/server.env.new" "$CONFIG/server.env"
-    for name in REGION MODEL_ORIGIN SHARED_DIR HUB_SECRET_ARN ADMIN_SECRET_ARN GATEWAY_SECRET_ARN DRAIN_HOOK LAUNCH_HOOK MOUNT_POINT LOG_GROUP; do
+    for name in REGION MODEL_ORIGIN SHARED_DIR HUB_SECRET_ARN ADMIN_SECRET_ARN GATEWAY_SECRET_ARN DRAIN_HOOK LAUNCH_HOOK READY_S HEAL_S MOUNT_POINT LOG_GROUP; do
         printf '%s="%s"\n' "$name" "${!name}"
     done >"$CONFIG/host.env"
     printf 'CACHE_DIR="%s"\nMODEL_LINK="%s"\nPORT="%s"\n' "$cache" "$MANYLORA_MODEL_ID" "$MANYLORA_PORT" >>"$CONFIG/host.env"
@@ -154,6 +156,8 @@ signal() {  # whoever waits for this instance learns how it ended
     if [ "$code" -ne 0 ]; then
         status=FAILURE
         show_logs
+    else
+        sleep "${ENTER_S:-0}"  # the signal lets a deploy end an older instance
     fi
     say "boot: $status"
     case $(metadata autoscaling/target-lifecycle-state || true) in

@@ -50,7 +50,9 @@ class Alarms(Construct):
         nobody = computed(expression, label="wanted, and nobody answers", desired=desired, healthy=healthy)
         self._add("NobodyAnswers", nobody, 1, "instances are wanted and none is healthy: see the group's activity history", periods=15)
         ill = balancer_metric(load_balancer, "UnHealthyHostCount", "Minimum", by_target_group=True)
-        self._add("Unhealthy", ill, 1, "an instance fails its health checks and is not replaced", periods=30)
+        late = max(30, self._config.fleet.heal_s // 60 + 15)  # minutes, by which its agent should have had it replaced
+        text = "an instance fails the load balancer's checks and is not replaced: its agent.log says why, if the agent runs"
+        self._add("Unhealthy", ill, 1, text, periods=late)
         text = f"the fleet is full and cannot grow: fleet.max is {self._config.fleet.max}, or there is no capacity"
         self._add("Full", server_metric(group, LOAD_RATIO), 1.0, text, periods=15)
 

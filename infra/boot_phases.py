@@ -1,4 +1,4 @@
-"""How long a boot takes, by phase: boot-phases.toml, and what the fleet waits before it counts a health check.
+"""How long a boot takes, by phase: boot-phases.toml, and what the fleet waits before it gives a new instance up.
 
 Owns the table and the way that measured values come back into it. `fleet` reads it at synth; `python -m infra.boot_phases --group NAME`
 replaces projections by the longest that the group's instances published.
@@ -22,7 +22,8 @@ _SHORTEST_S, _LONGEST_S = 300, 7200
 
 
 def grace_s(config: KitConfig, table: Mapping[str, Any] | None = None) -> int:
-    """Seconds from launch until health checks count: `fleet.grace_s`, else the phases' sum with the table's margin, to whole minutes."""
+    """Seconds from launch until an instance that does not serve is ended: `fleet.grace_s`, else the phases' sum with the table's margin,
+    to whole minutes."""
     if config.fleet.grace_s is not None:
         return config.fleet.grace_s
     table = table or tomllib.loads(TABLE.read_text(encoding="utf-8"))

@@ -1,7 +1,10 @@
 """GpuFleet: the instances that serve. Launch template, Auto Scaling group over the zones, the hooks that hold a launch and a termination.
 
 Owns size, health and replacement: a deploy waits for each new instance's signal, which user-data sends when the server answers /health, and
-rolls back without it. Does not know the load's policies (`scaling`) or who calls (`load_balancer`). The service stack makes it.
+rolls back without it. An instance is in service once its agent completes the launch hook, which it does when the server answers; where
+nobody does, the hook's time ends the instance. Later on the load balancer keeps requests away from a server that is ill, and the agent
+marks its instance unhealthy if it stays so (fleet.heal_s); EC2's and EBS's checks watch the host. Does not know the load's policies
+(`scaling`) or who calls (`load_balancer`). The service stack makes it.
 """
 
 from typing import cast
@@ -20,6 +23,7 @@ from infra.config import KitConfig
 from infra.fleet_role import make_fleet_role
 from infra.gateway_key import GatewayKey
 from infra.image import ServerImage
+from infra.load_balancer import ENTER_S
 from infra.log_group import make_log_group
 from infra.model import BaseModel
 from infra.network import Network
@@ -31,6 +35,8 @@ GROUP_ID = "FleetGroup"  # its logical id, fixed: user-data names it, and a refe
 DRAIN_HOOK, LAUNCH_HOOK = "drain", "launch"  # unique within a group; the agent completes them by these names
 HOOK_S = 300  # the agent asks for more while requests run; without an agent, an instance is gone after this
 LAUNCH_S = 120  # of the grace period, until user-data runs: an instance that fails says so before it is given up
+HEALTH_GRACE_S = 300  # for EC2's own checks to settle; an instance in service has booted already
+WARMUP_S = 60  # from in service until its load counts: it is published every ten seconds
 _LONGEST_PAUSE_S = 3600  # CloudFormation's bound for one batch of a rolling update
 _PROCESSES = autoscaling.ScalingProcess
 
@@ -113,12 +119,13 @@ class GpuFleet(Construct):
             capacity_rebalance=fleet.spot_percent > 0,
             new_instances_protected_from_scale_in=fleet.scale_in_protection,
             health_checks=autoscaling.HealthChecks.with_additional_checks(
-                additional_types=[autoscaling.AdditionalHealthCheckType.ELB, autoscaling.AdditionalHealthCheckType.EBS],
-                grace_period=cdk.Duration.seconds(self.grace_s),
+                # Not the load balancer's: its half minute would replace an instance whose engine is back in two.
+                additional_types=[autoscaling.AdditionalHealthCheckType.EBS],
+                grace_period=cdk.Duration.seconds(HEALTH_GRACE_S),
             ),
             group_metrics=[autoscaling.GroupMetrics.all()],
-            default_instance_warmup=cdk.Duration.seconds(self._config.scaling.warmup_s or self.grace_s),
-            signals=autoscaling.Signals.wait_for_min_capacity(timeout=cdk.Duration.seconds(self.grace_s)) if fleet.min else None,
+            default_instance_warmup=cdk.Duration.seconds(self._config.scaling.warmup_s or WARMUP_S),
+            signals=self._signals(),
             update_policy=self._update_policy(),
         )
         reason = "launches that fail are told by the event rule of Observability; every launch and end is in the activity history"
@@ -131,6 +138,12 @@ class GpuFleet(Construct):
         if mixed:
             acknowledge(group, {"EC26": "the rule fails on a mixed-instances policy; the launch template's volume is encrypted"})
         return group
+
+    def _signals(self) -> autoscaling.Signals | None:
+        """The first instances are launched before there is a hook, so CloudFormation waits for all of them; None for an empty fleet."""
+        fleet = self._config.fleet
+        count = fleet.min if fleet.desired is None else fleet.desired
+        return autoscaling.Signals.wait_for_count(count, timeout=cdk.Duration.seconds(self.grace_s)) if count else None
 
     def _update_policy(self) -> autoscaling.UpdatePolicy:
         """One after another, each waited for until it answers. What could end or add instances meanwhile is suspended."""
@@ -189,8 +202,10 @@ class GpuFleet(Construct):
             "GATEWAY_SECRET_ARN": gateway_key.arn,
             "LOG_GROUP": self.log_group.log_group_name,
             "DRAIN_HOOK": DRAIN_HOOK,
-            "LAUNCH_HOOK": LAUNCH_HOOK if config.fleet.warm_pool else "",
+            "LAUNCH_HOOK": LAUNCH_HOOK,
             "READY_S": str(self.grace_s - LAUNCH_S),
+            "HEAL_S": str(config.fleet.heal_s),
+            "ENTER_S": str(ENTER_S),
         }
         return render(own | server)
 
@@ -203,15 +218,15 @@ class GpuFleet(Construct):
             heartbeat_timeout=cdk.Duration.seconds(HOOK_S),
             default_result=autoscaling.DefaultResult.CONTINUE,
         )
+        # A server that never answers ends here, whatever its boot died of; and a stopped pool stops no instance in its first boot.
+        hook = self.group.add_lifecycle_hook(
+            "LaunchHook",
+            lifecycle_hook_name=LAUNCH_HOOK,
+            lifecycle_transition=transition.INSTANCE_LAUNCHING,
+            heartbeat_timeout=cdk.Duration.seconds(self.grace_s),
+            default_result=autoscaling.DefaultResult.ABANDON,
+        )
         if warm := self._config.fleet.warm_pool:
-            # Without it a stopped pool would stop its instances in the middle of their first boot.
-            hook = self.group.add_lifecycle_hook(
-                "LaunchHook",
-                lifecycle_hook_name=LAUNCH_HOOK,
-                lifecycle_transition=transition.INSTANCE_LAUNCHING,
-                heartbeat_timeout=cdk.Duration.seconds(self.grace_s),
-                default_result=autoscaling.DefaultResult.ABANDON,
-            )
             pool = self.group.add_warm_pool(
                 pool_state=autoscaling.PoolState.STOPPED if warm.state == "stopped" else autoscaling.PoolState.RUNNING,
                 min_size=warm.min_size,

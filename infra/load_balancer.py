@@ -17,6 +17,9 @@ from infra.removal import data_policy
 
 HEALTH_PATH = "/health"  # without the stage's prefix, and without a key
 IDLE_MARGIN_S = 60
+_CHECK_S, _NUM_WELL, _NUM_ILL = 10, 2, 3
+ENTER_S = (_NUM_WELL + 1) * _CHECK_S  # from a server's first answer until requests come
+LEAVE_S = (_NUM_ILL + 1) * _CHECK_S  # from its first 503 on /health until no more come
 
 
 class LoadBalancer(Construct):
@@ -51,10 +54,11 @@ class LoadBalancer(Construct):
             health_check=elbv2.HealthCheck(
                 path=HEALTH_PATH,
                 healthy_http_codes="200",
-                interval=cdk.Duration.seconds(10),
+                # Decides where requests go, and nothing else: who is replaced is the agent's affair (server/host/serving.py).
+                interval=cdk.Duration.seconds(_CHECK_S),
                 timeout=cdk.Duration.seconds(5),
-                healthy_threshold_count=2,
-                unhealthy_threshold_count=3,
+                healthy_threshold_count=_NUM_WELL,
+                unhealthy_threshold_count=_NUM_ILL,
             ),
         )
         self.listener = self.balancer.add_listener(

@@ -89,7 +89,7 @@ class Scaling(Construct):
             load=server_metric(self._group, LOAD_RATIO, "Maximum"),
         )
         minutes, boot_minutes = self._config.scaling.idle_minutes, -(-self._grace_s // 60)
-        if minutes < boot_minutes:  # an instance is in service for the group from its launch on
+        if minutes < boot_minutes:  # the first ones, launched before the hook is there, are in service at once
             raise ConfigError(
                 f"scaling.idle_minutes must be {boot_minutes} or more, the grace period: an instance that boots would be taken for idle "
                 f"and ended, each time that a request woke the fleet. Given: {minutes}"

@@ -57,7 +57,12 @@ class FleetConfig(Section):
     )
     scale_to_zero: bool = Field(False, description="With min 0: an idle fleet ends, requests at the edge wake it.")
     schedules: tuple[ScheduleConfig, ...] = Field((), description="Sizes by time.")
-    grace_s: int | None = Field(None, ge=60, le=7200, description="From launch until health checks count; auto: from the boot phases.")
+    grace_s: int | None = Field(
+        None, ge=60, le=7200, description="A new instance that does not serve in this time is ended; auto: from the boot phases."
+    )
+    heal_s: int = Field(
+        600, ge=180, le=7200, description="An instance whose server is away for longer is replaced; an engine starts again in less."
+    )
     drain_s: int = Field(900, ge=30, le=3600, description="How long running requests may take to finish when an instance goes.")
 
     @property
@@ -92,7 +97,7 @@ class ScalingConfig(Section):
     """[scaling]"""
 
     target_utilization: float = Field(0.7, ge=0.1, le=1.5, description="LoadRatio that the fleet is held at; 1.0: an instance is full.")
-    warmup_s: int | None = Field(None, ge=30, le=7200, description="A new instance's load counts after this; auto: the grace period.")
+    warmup_s: int | None = Field(None, ge=30, le=7200, description="A new instance's load counts so long after it serves; auto: a minute.")
     idle_minutes: int = Field(30, ge=5, le=1440, description="With scale_to_zero: without a request for so long, the fleet ends.")
     scale_in: bool = Field(True, description="Whether the policy also takes instances away.")
 

@@ -28,7 +28,7 @@ __all__ = ["SIGNAL_RESOURCE", "Group"]
 
 
 class Group:
-    """`name`, `hook`, `instances` by id. A context manager: its end is the instances' end."""
+    """`name`, `launch_hook`, `drain_hook`, `instances` by id. A context manager: its end is the instances' end."""
 
     def __init__(self, emulator: Emulator, folder: Path, *, shared: Path, has_namespaces: bool) -> None:
         self._emulator, self._folder, self._shared = emulator, folder / "instances", shared
@@ -37,7 +37,9 @@ class Group:
         self._asg, self._elb = emulator.client("autoscaling"), emulator.client("elbv2")
         (group,) = self._asg.describe_auto_scaling_groups()["AutoScalingGroups"]
         self.name = group["AutoScalingGroupName"]
-        (self.hook,) = self._asg.describe_lifecycle_hooks(AutoScalingGroupName=self.name)["LifecycleHooks"]
+        hooks = self._asg.describe_lifecycle_hooks(AutoScalingGroupName=self.name)["LifecycleHooks"]
+        names = {item["LifecycleTransition"].rpartition("_")[2]: item["LifecycleHookName"] for item in hooks}
+        self.launch_hook, self.drain_hook = names["LAUNCHING"], names["TERMINATING"]
         (target_group,) = self._elb.describe_target_groups()["TargetGroups"]
         self._target_group = target_group["TargetGroupArn"]
         self._lock = lock_of(read_content())
@@ -69,19 +71,24 @@ class Group:
         return base64.b64decode(versions[0]["LaunchTemplateData"]["UserData"]).decode()
 
     def launch(self, num: int) -> list[Instance]:
-        """So many more, booted at the same time, each registered once it signalled success. Differs if one does not."""
+        """So many more, booted at the same time, registered once each signalled success and its agent completed the launch hook. Differs if
+        one does not."""
         known = {item["InstanceId"] for item in self._members()}
         self._asg.set_desired_capacity(AutoScalingGroupName=self.name, DesiredCapacity=len(known) + num)
         fresh = [item["InstanceId"] for item in self._members() if item["InstanceId"] not in known]
         check(len(fresh) == num, f"the group has {len(fresh)} new members, not {num}")
         script = for_this_machine(self.user_data())
         made = [self._make(self._folder / id[-6:], id=id, emulator=self._emulator, shared=self._shared, lock=self._lock) for id in fresh]
+        self._hold([[id, self.launch_hook] for id in fresh])
         for instance in made:
             self.instances[instance.id] = instance
             instance.start(script)
         for instance in made:
             instance.await_boot(BOOT_S)
-            check(instance.signals(), f"{instance.id} sent no signal: it would never be in service")
+            check(instance.signals(), f"{instance.id} sent no signal: a deploy would wait for it")
+            self._await_completed(instance, self.launch_hook)
+        self._hold([])
+        for instance in made:
             self._elb.register_targets(TargetGroupArn=self._target_group, Targets=[{"Id": instance.id, "Port": instance.port}])
         return made
 
@@ -97,18 +104,25 @@ class Group:
     def drain(self, instance: Instance) -> float:
         """As a scale-in ends it; seconds until its agent completed the hook. Differs if it did not."""
         started_at = time.monotonic()
-        name = self.hook["LifecycleHookName"]
-        (self._emulator.state / "waiting.json").write_text(json.dumps([[instance.id, name]]))
+        self._hold([[instance.id, self.drain_hook]])
         self._deregister(instance)
         instance.imds.values["autoscaling/target-lifecycle-state"] = "Terminated"
-        while not any(call["instance"] == instance.id and call["operation"] == "CompleteLifecycleAction" for call in self.hook_calls()):
-            if time.monotonic() - started_at > DRAIN_S:
-                raise Differs(f"the agent of {instance.id} did not complete the hook {name} within {DRAIN_S:.0f} s")
-            time.sleep(0.1)
-        (self._emulator.state / "waiting.json").unlink()
+        self._await_completed(instance, self.drain_hook)
+        self._hold([])
         took_s = time.monotonic() - started_at
         instance.stop()
         return took_s
+
+    def _hold(self, transitions: list[list[str]]) -> None:
+        """[instance, hook] of each transition that waits from now on."""
+        (self._emulator.state / "waiting.json").write_text(json.dumps(transitions))
+
+    def _await_completed(self, instance: Instance, hook: str) -> None:
+        deadline, wanted = time.monotonic() + DRAIN_S, {"instance": instance.id, "operation": "CompleteLifecycleAction", "hook": hook}
+        while not any(wanted.items() <= call.items() for call in self.hook_calls()):
+            if time.monotonic() > deadline:
+                raise Differs(f"the agent of {instance.id} did not complete the hook {hook} within {DRAIN_S:.0f} s")
+            time.sleep(0.1)
 
     def hook_calls(self) -> list[dict[str, Any]]:
         """The calls of hooks that the emulator accepted."""

@@ -3,6 +3,8 @@
 Owns the vocabulary alone; it does not know who raises or who renders. A message never carries a path of this machine, a token or a prompt.
 """
 
+SHUTTING_DOWN = "the server is shutting down"  # of the 503s of a drain; the instance's agent knows it by them
+
 
 class ServerError(Exception):
     """An error that the caller is told about. `status` is HTTP's, `error_type` is LoRAX's (`{"error": ..., "error_type": ...}`)."""

@@ -46,6 +46,6 @@ def drain(rehearsal: Rehearsal) -> str:
         load.await_answers({other})
     check(not load.failed, f"lost: {load.failed[:3]}")
     calls = [item for item in group.hook_calls() if item["instance"] == leaver]
-    ends = [item for item in calls if item["operation"] == "CompleteLifecycleAction"]
-    check(len(ends) == 1 and ends[0]["hook"] == group.hook["LifecycleHookName"], f"calls of hooks: {calls}")
+    ends = [item["hook"] for item in calls if item["operation"] == "CompleteLifecycleAction"]
+    check(ends == [group.launch_hook, group.drain_hook], f"calls of hooks: {calls}")
     return f"{len(load.answers)} requests, all 200; the server stopped and the hook completed after {took_s:.0f} s"

@@ -19,7 +19,7 @@ def boot(rehearsal: Rehearsal) -> None:
     report.begin(2, f"two instances from the deployed launch template, {how}")
     rehearsal.enter_group(Group(rehearsal.emulator, rehearsal.folder, shared=rehearsal.shared, has_namespaces=rehearsal.refused is None))
     group = rehearsal.group
-    with report.line("the template has the rolling update, the wait for signals and the drain hook") as line:
+    with report.line("the template has the rolling update, the wait for signals and both hooks") as line:
         line.detail = check_template(rehearsal)
     with report.line("user-data boots two instances from the uploaded archive to /health") as line:
         made = group.launch(2)
@@ -59,9 +59,11 @@ def check_template(rehearsal: Rehearsal) -> str:
     signal = group["CreationPolicy"]["ResourceSignal"]
     check(signal["Count"] == int(group["Properties"]["MinSize"]), f"creation policy {signal}")
     hooks = [item["Properties"] for item in resources.values() if item["Type"] == "AWS::AutoScaling::LifecycleHook"]
-    check([hook["LifecycleTransition"] for hook in hooks] == ["autoscaling:EC2_INSTANCE_TERMINATING"], f"hooks {hooks}")
-    check(hooks[0]["LifecycleHookName"] == rehearsal.group.hook["LifecycleHookName"], f"hooks {hooks}")
-    return f"one at a time, {update['PauseTime']}; {signal['Count']} signal in {signal['Timeout']}; hook {hooks[0]['LifecycleHookName']}"
+    found = {hook["LifecycleTransition"].rpartition("_")[2]: hook["LifecycleHookName"] for hook in hooks}
+    wanted = {"LAUNCHING": rehearsal.group.launch_hook, "TERMINATING": rehearsal.group.drain_hook}
+    check(found == wanted, f"hooks {hooks}")
+    check("ELB" not in group["Properties"]["HealthCheckType"], "the group would replace an instance whose engine is restarted")
+    return f"one at a time, {update['PauseTime']}; {signal['Count']} signal in {signal['Timeout']}; hooks {', '.join(found.values())}"
 
 
 def check_signal(instance: Instance) -> None:

@@ -23,7 +23,7 @@ from server.api.schemas_openai import OpenAIError
 from server.api.state import Api
 from server.api.stream import json_response
 from server.api.tenants.access import Access, nowhere
-from server.errors import AdapterNotFound, Unavailable, ValidationFailed
+from server.errors import SHUTTING_DOWN, AdapterNotFound, Unavailable, ValidationFailed
 
 router = APIRouter(tags=["adapters"])
 _ERRORS: dict[int | str, Any] = {
@@ -158,7 +158,7 @@ async def unload_lora_adapter(request: Request, api: OrdersApi) -> Response:
 def _publisher(api: Api) -> Publisher:
     """Orders are taken until the server drains."""
     if api.admission.draining:
-        raise Unavailable("the server is shutting down", retry_after_s=5.0)
+        raise Unavailable(SHUTTING_DOWN, retry_after_s=5.0)
     return api.publisher
 
 

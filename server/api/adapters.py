@@ -24,7 +24,7 @@ from server.api.residency import Residency
 from server.api.selection import AdapterSelection, Merge, ResolvedAdapter
 from server.api.source_threads import SourceThreads, Work
 from server.api.text.tokenizer import Tokenizer
-from server.errors import AdapterNotFound, ServerError, SourceUnavailable, Unavailable
+from server.errors import SHUTTING_DOWN, AdapterNotFound, ServerError, SourceUnavailable, Unavailable
 from server.metrics import Metrics
 from server.sources import Snapshot, SourceChanged, Sources, Store, canonical_name
 from server.sources.space import mark_used
@@ -108,7 +108,7 @@ class AdapterResolver:
             raise
         except asyncio.CancelledError:
             if flight.task.cancelled() and flight.num_waiting > 0 and not _is_cancelled():
-                raise Unavailable("the server is shutting down", retry_after_s=5.0) from None  # `close` dropped what waited
+                raise Unavailable(SHUTTING_DOWN, retry_after_s=5.0) from None  # `close` dropped what waited
             raise
         finally:
             flight.num_waiting -= 1

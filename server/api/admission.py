@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from server.errors import Overloaded, ServerError, Unavailable, ValidationFailed
+from server.errors import SHUTTING_DOWN, Overloaded, ServerError, Unavailable, ValidationFailed
 from server.metrics import Metrics
 
 
@@ -28,7 +28,7 @@ class Admission:
     def check(self) -> None:
         """Refuse before any work is done: Unavailable while draining, Overloaded when full."""
         if self.draining:
-            raise Unavailable("the server is shutting down", retry_after_s=5.0)
+            raise Unavailable(SHUTTING_DOWN, retry_after_s=5.0)
         if self._num_sequences >= self._max:
             raise Overloaded()
 

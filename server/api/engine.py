@@ -18,7 +18,7 @@ import msgspec
 from server.api.open_requests import NotTaken, OpenRequests
 from server.api.outcome import unless_failed
 from server.api.vitals import Vitals
-from server.errors import Overloaded, ServerError, Unavailable
+from server.errors import SHUTTING_DOWN, Overloaded, ServerError, Unavailable
 from server.ipc.messages import (
     Abort,
     Accepted,
@@ -131,7 +131,7 @@ class EngineClient:
                 self._supervisor.cancel()
                 await asyncio.wait({self._supervisor})
         finally:
-            self.fail_open(Unavailable("the server is shutting down"))
+            self.fail_open(Unavailable(SHUTTING_DOWN))
 
     async def _supervise(self) -> None:
         backoff_s = self._backoff_s

@@ -21,7 +21,7 @@ from server.api.schemas_native import ERRORS, ErrorResponse, TokenizeRequest, To
 from server.api.schemas_openai import OpenAIError
 from server.api.state import Api, ApiState
 from server.api.stream import json_response, native_error, unless_gone
-from server.errors import AdapterNotFound, ServerError
+from server.errors import SHUTTING_DOWN, AdapterNotFound, ServerError
 from server.metrics import CONTENT_TYPE
 from server.sources import FACTORIES
 
@@ -47,7 +47,7 @@ _ENGINE_FACTS = ("num_blocks", "block_size", "adapter_bytes", "start_s", "versio
 @router.get("/", summary="LoRAX's other name of /health", **_PROBE)
 async def health(api: ApiState) -> Response:
     """The engine's heartbeat, not the web server's: the step loop must have moved on within its deadline. Of several one will do."""
-    reason = "the server is shutting down" if api.admission.draining else api.engine.unhealthy_reason()
+    reason = SHUTTING_DOWN if api.admission.draining else api.engine.unhealthy_reason()
     if reason is None:
         return Response(status_code=200)
     return json_response({"error": f"unhealthy: {reason}", "error_type": "healthcheck"}, status=503, headers={"retry-after": "1"})

@@ -13,7 +13,7 @@ import uvicorn
 from server.api.app import make_app
 from server.api.connections import BoundedConnection, bound_listener
 from server.api.state import Api
-from server.errors import Unavailable
+from server.errors import SHUTTING_DOWN, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class DrainingServer(uvicorn.Server):
     async def _drain_and_exit(self) -> None:
         if not await self._api.admission.drain(self._api.settings.drain_timeout_s):
             log.warning("requests are still running after the drain's timeout; they are ended")
-            ending = Unavailable("the server is shutting down", retry_after_s=5.0)
+            ending = Unavailable(SHUTTING_DOWN, retry_after_s=5.0)
             self._api.engine.fail_open(ending)
             if not await self._api.admission.drain(1.0):
                 self._api.admission.end_all(ending)  # those that are not yet with the engine

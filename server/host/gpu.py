@@ -5,6 +5,7 @@ restarts the engine. Codes: NVIDIA, "XID Errors" (docs.nvidia.com/deploy/xid-err
 """
 
 import errno
+import logging
 import os
 import re
 import subprocess
@@ -12,6 +13,8 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 FATAL_XIDS = {
     48: "double bit ECC error",
@@ -35,6 +38,7 @@ NVIDIA_SMI = (
 )
 _XID = re.compile(r"NVRM: Xid \((?P<device>[^)]*)\): (?P<code>\d+)")
 _TIMEOUT_S = 20.0
+_NUM_FAILED = 3  # calls of nvidia-smi in a row, half a minute apart: one may meet a driver that is busy or being reset
 _RECORD_BYTES = 8192
 
 
@@ -43,7 +47,7 @@ class GpuWatch:
 
     def __init__(self, *, kernel_log: Path = KERNEL_LOG, nvidia_smi: Sequence[str] = NVIDIA_SMI, timeout_s: float = _TIMEOUT_S) -> None:
         self._nvidia_smi, self._timeout_s = list(nvidia_smi), timeout_s
-        self._num_slow = 0
+        self._num_failed = 0
         self._stuck: subprocess.Popen[str] | None = None  # one that could not be killed: it hangs in the driver
         self._log: int | None = None
         with suppress(OSError):  # not readable: nvidia-smi alone has to do
@@ -85,14 +89,13 @@ class GpuWatch:
         try:
             status, said = self._ask()
         except subprocess.TimeoutExpired:
-            self._num_slow += 1
-            return ["nvidia-smi hangs"] if self._num_slow >= 3 else []
+            return self._failed("nvidia-smi hangs")
         except FileNotFoundError:
             return []  # no driver, no GPU: not this watch's affair
-        self._num_slow = 0
         if status:
             words = said.strip().splitlines() or ["no reason given"]
-            return [f"nvidia-smi failed ({status}): {words[0][:200]}"]
+            return self._failed(f"nvidia-smi failed ({status}): {words[0][:200]}")
+        self._num_failed = 0
         found = []
         for line in said.splitlines():
             index, uncorrected, remap_failed = ([part.strip() for part in line.split(",")] + ["", ""])[:3]
@@ -101,6 +104,12 @@ class GpuWatch:
             if remap_failed.lower() in ("yes", "1"):
                 found.append(f"GPU {index}: row remapping failed")
         return found
+
+    def _failed(self, how: str) -> list[str]:
+        """An error from the third call on that failed in a row, one way or the other."""
+        self._num_failed += 1
+        log.warning("%s, %d in a row", how, self._num_failed)
+        return [how] if self._num_failed >= _NUM_FAILED else []
 
     def _ask(self) -> tuple[int, str]:
         """Exit status and words of nvidia-smi. TimeoutExpired if it takes too long, at once while an earlier one hangs: it is killed, but

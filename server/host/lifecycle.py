@@ -16,6 +16,37 @@ log = logging.getLogger(__name__)
 
 SETTLE_S = 10.0  # from the group's decision until the load balancer sends nothing more
 EXTEND_EVERY_S = 60.0
+_FIRST_PAUSE_S, _NUM_TRIES = 5.0, 7  # each pause is twice the last one: five minutes in all, the drain hook's own time
+
+
+class Completion:
+    """Lets the transition that waits at a hook go on: tried with growing pauses until it went through, then given up.
+
+    Nothing waits where the agent was started anew in an instance that is in service, where the hook was made after the launch, or where
+    its time is over; and no answer of Auto Scaling's tells these from a transition that is about to wait."""
+
+    def __init__(self, group: Group, hook: str) -> None:
+        """`hook` empty: there is nothing to do."""
+        self._group, self._hook = group, hook
+        self._num_left, self._pause_s, self._next_at = _NUM_TRIES if hook else 0, _FIRST_PAUSE_S, 0.0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether to try now."""
+        return self._num_left > 0 and time.monotonic() >= self._next_at
+
+    def step(self) -> bool:
+        """Try if it is time to; whether it went through now."""
+        if not self.is_due:
+            return False
+        self._num_left -= 1
+        self._next_at, self._pause_s = time.monotonic() + self._pause_s, 2 * self._pause_s
+        if self._group.complete_hook(self._hook):
+            self._num_left = 0
+            return True
+        if not self._num_left:
+            log.info("hook %s: nothing waits there", self._hook)
+        return False
 
 
 class Lifecycle:
@@ -39,7 +70,7 @@ class Lifecycle:
         self._drain_hook, self._launch_hook, self._settle_s = drain_hook, launch_hook, settle_s
         self._target: str | None = None
         self._was_in_service = False
-        self._announced = not launch_hook
+        self._launch, self._end = Completion(group, launch_hook), Completion(group, drain_hook)
         self._leaving_since_at: float | None = None
         self._extended_at = 0.0
         self._stopping: subprocess.Popen[bytes] | None = None
@@ -49,6 +80,11 @@ class Lifecycle:
     def is_leaving(self) -> bool:
         """Whether a drain has begun."""
         return self._leaving_since_at is not None
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether the group has this instance serve, or is about to."""
+        return self._target == "InService" and not self.is_leaving
 
     def step(self) -> None:
         """Look at what is to come and do the next thing about it."""
@@ -67,7 +103,7 @@ class Lifecycle:
     def _reason_to_leave(self) -> str | None:
         target = self._metadata.lifecycle_target()
         if target != self._target:  # the launch hook holds the way into a warm pool, and once more the way out of it
-            self._target, self._announced = target, not self._launch_hook
+            self._target, self._launch = target, Completion(self._group, self._launch_hook)
         self._was_in_service = self._was_in_service or target == "InService"
         if target == "Terminated":
             return "the group terminates this instance"
@@ -81,9 +117,8 @@ class Lifecycle:
 
     def _announce_when_serving(self) -> None:
         """A launch that waits at the hook goes on when the server answers, not before."""
-        if not self._announced and self._is_serving() and self._group.complete_hook(self._launch_hook):
+        if self._launch.is_due and self._is_serving() and self._launch.step():
             log.info("serving; the launch goes on")
-            self._announced = True
 
     def _drain(self) -> None:
         now = time.monotonic()
@@ -99,14 +134,18 @@ class Lifecycle:
             return
         log.info("drained after %.0f s, exit status %d", now - self._leaving_since_at, self._stopping.returncode)
         self.drained = True
-        self._group.complete_hook(self._drain_hook)
+        self._end = Completion(self._group, self._drain_hook)
+        self._end.step()
 
     def _return_if_wanted(self) -> None:
-        """A running instance of a warm pool comes back without a boot. A hook that was late is completed again."""
-        if self._metadata.lifecycle_target() == "InService" and self._metadata.spot_notice() is None:
+        """A running instance of a warm pool comes back without a boot. A hook that waits only after the drain is completed then."""
+        target = self._metadata.lifecycle_target()
+        if target != self._target:
+            self._target, self._end = target, Completion(self._group, self._drain_hook)
+        if target == "InService" and self._metadata.spot_notice() is None:
             log.info("in service again; starting the server")
             subprocess.run(self._start_server, check=True)
             self._leaving_since_at = self._stopping = None
-            self.drained, self._announced = False, not self._launch_hook
+            self.drained, self._launch = False, Completion(self._group, self._launch_hook)
         else:
-            self._group.complete_hook(self._drain_hook)
+            self._end.step()

@@ -9,6 +9,7 @@ import json
 import logging
 from pathlib import Path
 
+from server.errors import SHUTTING_DOWN
 from server.host.group import Group
 
 log = logging.getLogger(__name__)
@@ -34,8 +35,16 @@ class ServerProbe:
 
     def is_serving(self) -> bool:
         """Whether /health is 200."""
-        status, _ = self._get("/health")
-        return status == 200
+        return self.health()[0] == 200
+
+    def health(self) -> tuple[int, str]:
+        """Status and body of /health; 0 if the server does not answer."""
+        return self._get("/health")
+
+    @staticmethod
+    def is_leaving(status: int, reason: str) -> bool:
+        """Whether an answer of `health` is that of a server which was told to stop."""
+        return status == 503 and SHUTTING_DOWN in reason
 
     def samples(self) -> dict[str, float]:
         """Unlabelled series of /metrics by name; empty if the server does not answer."""

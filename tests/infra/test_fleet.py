@@ -4,8 +4,11 @@ import json
 
 import pytest
 
-from infra.fleet import DRAIN_HOOK, GROUP_ID, LAUNCH_HOOK, LAUNCH_S
-from tests.infra.conftest import resources
+from infra.boot_phases import grace_s
+from infra.config import KitConfig
+from infra.fleet import DRAIN_HOOK, GROUP_ID, HEALTH_GRACE_S, LAUNCH_HOOK, LAUNCH_S, WARMUP_S
+from infra.load_balancer import ENTER_S
+from tests.infra.conftest import ROOT, resources
 
 
 def group_of(template):
@@ -46,12 +49,37 @@ def test_a_deploy_waits_for_the_servers_own_word(service):
     assert group["CreationPolicy"]["ResourceSignal"]["Count"] == 1
     update = group["UpdatePolicy"]["AutoScalingRollingUpdate"]
     assert update["WaitOnResourceSignals"] and update["MaxBatchSize"] == 1 and update["MinInstancesInService"] == 1
-    grace_s = group["Properties"]["HealthCheckGracePeriod"]
+    longest_s = grace_s(KitConfig.load("dev", ROOT))
+    assert group["CreationPolicy"]["ResourceSignal"]["Timeout"] == update["PauseTime"] == f"PT{longest_s // 60}M"
     script = user_data_of(service)
     assert script.startswith("#!/bin/bash\n")  # cloud-init looks at the first bytes
     assert f"SIGNAL_RESOURCE='{GROUP_ID}'" in script and "STACK_NAME='manylora-service'" in script
-    assert f"READY_S='{grace_s - LAUNCH_S}'" in script
-    assert group["Properties"]["HealthCheckType"] == "ELB,EBS" and group["Properties"]["TargetGroupARNs"]
+    assert f"READY_S='{longest_s - LAUNCH_S}'" in script and f"ENTER_S='{ENTER_S}'" in script
+    assert group["Properties"]["TargetGroupARNs"]
+
+
+def test_a_server_that_is_away_for_a_moment_does_not_cost_its_instance(synth, service):
+    """The load balancer's checks, which fail within half a minute, are not the group's; the agent has its own, longer measure."""
+    properties = group_of(service)["Properties"]
+    assert properties["HealthCheckType"] == "EBS" and properties["HealthCheckGracePeriod"] == HEALTH_GRACE_S  # EC2's is always among them
+    assert "HEAL_S='600'" in user_data_of(service)
+    assert "HEAL_S='1200'" in user_data_of(synth({"fleet.heal_s": 1200})["service"])
+
+
+def test_an_instance_is_in_service_once_its_server_answers_and_ended_if_it_never_does(service):
+    hooks = {
+        hook["Properties"]["LifecycleHookName"]: hook["Properties"]
+        for hook in resources(service, "AWS::AutoScaling::LifecycleHook").values()
+    }
+    launch = hooks[LAUNCH_HOOK]
+    assert launch["LifecycleTransition"] == "autoscaling:EC2_INSTANCE_LAUNCHING" and launch["DefaultResult"] == "ABANDON"
+    assert launch["HeartbeatTimeout"] == grace_s(KitConfig.load("dev", ROOT))
+    assert f"LAUNCH_HOOK='{LAUNCH_HOOK}'" in user_data_of(service)
+    assert group_of(service)["Properties"]["DefaultInstanceWarmup"] == WARMUP_S  # its boot is over by then
+
+
+def test_a_first_deploy_waits_for_each_instance_since_no_hook_is_there_yet(synth):
+    assert group_of(synth({"fleet.desired": 2})["service"])["CreationPolicy"]["ResourceSignal"]["Count"] == 2
 
 
 def test_instances_are_launched_after_their_rights_exist(service):
@@ -60,8 +88,8 @@ def test_instances_are_launched_after_their_rights_exist(service):
 
 
 def test_a_termination_is_held_while_requests_run(service):
-    (hook,) = resources(service, "AWS::AutoScaling::LifecycleHook").values()
-    properties = hook["Properties"]
+    found = [hook["Properties"] for hook in resources(service, "AWS::AutoScaling::LifecycleHook").values()]
+    (properties,) = [hook for hook in found if "TERMINATING" in hook["LifecycleTransition"]]
     assert properties["LifecycleTransition"] == "autoscaling:EC2_INSTANCE_TERMINATING" and properties["LifecycleHookName"] == DRAIN_HOOK
     assert properties["DefaultResult"] == "CONTINUE" and properties["HeartbeatTimeout"] == 300
     assert f"DRAIN_HOOK='{DRAIN_HOOK}'" in user_data_of(service)
@@ -99,11 +127,6 @@ def test_a_warm_pool_holds_launches_until_the_server_answers(synth):
     (pool,) = resources(template, "AWS::AutoScaling::WarmPool").values()
     assert any("LaunchHook" in name for name in pool["DependsOn"])  # or its first instances are stopped in the middle of their boot
     assert pool["Properties"]["PoolState"] == "Stopped" and pool["Properties"]["MinSize"] == 2
-    found = [hook["Properties"] for hook in resources(template, "AWS::AutoScaling::LifecycleHook").values()]
-    hooks = {hook["LifecycleHookName"]: hook for hook in found}
-    assert hooks[LAUNCH_HOOK]["LifecycleTransition"] == "autoscaling:EC2_INSTANCE_LAUNCHING"
-    assert hooks[LAUNCH_HOOK]["DefaultResult"] == "ABANDON"
-    assert f"LAUNCH_HOOK='{LAUNCH_HOOK}'" in user_data_of(template)
 
 
 def test_ssh_only_with_a_key_pair_and_a_customers_key_on_the_disk(synth):

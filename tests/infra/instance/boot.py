@@ -72,6 +72,8 @@ class Machine:
             "DRAIN_HOOK": "drain",
             "LAUNCH_HOOK": "",
             "READY_S": "150",
+            "HEAL_S": "600",
+            "ENTER_S": "0",
             "MANYLORA_MODEL_ID": "/var/lib/manylora/model",
             "MANYLORA_PORT": str(self.port),
             "MANYLORA_HOSTNAME": "127.0.0.1",

@@ -1,4 +1,4 @@
-"""The agent: drain on the group's word and on a spot notice, launch held until the server answers, load published, GPU errors reported."""
+"""The agent: drain on the group's word and on a spot notice, launch held until the server answers, load published."""
 
 import os
 import signal
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from server.host.agent import Beat, GpuReport
-from server.host.gpu import GpuWatch
+from server.host import lifecycle as lifecycle_module
+from server.host.agent import Beat
 from server.host.group import Group
 from server.host.lifecycle import Lifecycle
 from server.host.load import LoadReport, ServerProbe, publish_boot
@@ -102,8 +102,47 @@ def test_a_hook_that_comes_after_the_drain_is_completed_too(machine):
     step_until(lifecycle, lambda: lifecycle.drained)
     assert machine.health == "Unhealthy" and machine.stopped.exists() and not machine.autoscaling.calls
     machine.autoscaling.waiting.add("drain")
+    machine.target("Terminated")
     lifecycle.step()
     assert machine.autoscaling.calls == [("CompleteLifecycleAction", "drain")]
+
+
+@pytest.fixture
+def asked(machine, monkeypatch):
+    """The hooks that were to be completed, whether or not anything waited, and a clock that each step of `run` moves on."""
+    hooks, clock = [], [time.monotonic()]
+    complete = machine.group.complete_hook
+    monkeypatch.setattr(machine.group, "complete_hook", lambda hook: hooks.append(hook) or complete(hook))
+    monkeypatch.setattr(lifecycle_module.time, "monotonic", lambda: clock[0])
+
+    def run(lifecycle, seconds):
+        for _ in range(int(seconds / 5)):
+            lifecycle.step()
+            clock[0] += 5
+
+    return hooks, run
+
+
+def test_a_hook_at_which_nothing_waits_is_given_up(machine, asked):
+    """An agent that was started anew in an instance in service, and one whose termination went on without it."""
+    hooks, run = asked
+    lifecycle = machine.lifecycle(launch_hook="launch")
+    run(lifecycle, 3600)
+    assert hooks == ["launch"] * 7
+    machine.target("Terminated")
+    run(lifecycle, 5)
+    lifecycle._stopping.wait(10)
+    run(lifecycle, 3600)
+    assert lifecycle.drained and hooks == ["launch"] * 7 + ["drain"] * 7
+
+
+def test_a_hook_that_begins_to_wait_late_is_completed_and_not_again(machine, asked):
+    hooks, run = asked
+    lifecycle = machine.lifecycle(launch_hook="launch")
+    run(lifecycle, 30)
+    machine.autoscaling.waiting.add("launch")
+    run(lifecycle, 3600)
+    assert machine.autoscaling.calls == [("CompleteLifecycleAction", "launch")] and len(hooks) == 4
 
 
 def test_the_server_is_not_stopped_before_the_load_balancer_has_let_go(machine):
@@ -222,49 +261,6 @@ def test_boot_steps_are_published_once(machine, tmp_path):
     assert {"mount", "model"} <= steps
 
 
-XID = "4,1021,88,-;NVRM: Xid (PCI:0000:31:00): {code}, pid=1234, name=python\n"
-
-
-@pytest.mark.parametrize(("code", "fatal"), [(79, True), (48, True), (95, True), (13, False), (31, False), (45, False)])
-def test_xids_of_the_hardware_are_fatal_those_of_a_program_are_not(code, fatal, tmp_path):
-    log = tmp_path / "kmsg"
-    log.write_text("6,1,2,-;usb 1-1: new device\n" + XID.format(code=code))
-    watch = GpuWatch(kernel_log=log, nvidia_smi=["true"])
-    found = watch.errors()
-    assert bool(found) == fatal and all(f"Xid {code}" in error and "0000:31" in error for error in found)
-    assert watch.errors() == []  # each is said once
-    with log.open("a") as more:
-        more.write(XID.format(code=79))
-    assert len(watch.errors()) == 1
-    watch.close()
-
-
-@pytest.mark.parametrize(
-    ("script", "words"),
-    [
-        ("echo '0, 0, No'", []),
-        ("echo '0, [N/A], [N/A]'", []),
-        ("printf '0, 0, No\\n1, 3, No\\n'", ["GPU 1: 3 uncorrected"]),
-        ("echo '0, 0, Yes'", ["GPU 0: row remapping failed"]),
-        ("echo 'Unable to determine the device handle for GPU0' >&2; exit 9", ["failed (9): Unable to determine"]),
-    ],
-)
-def test_what_nvidia_smi_says(script, words, tmp_path):
-    found = GpuWatch(kernel_log=tmp_path / "none", nvidia_smi=["sh", "-c", script]).errors()
-    assert len(found) == len(words) and all(word in error for word, error in zip(words, found, strict=True))
-
-
-def test_a_machine_without_a_driver_is_left_alone(tmp_path):
-    assert GpuWatch(kernel_log=tmp_path / "none", nvidia_smi=["no-such-program"]).errors() == []
-
-
-def test_a_gpu_error_makes_the_instance_unhealthy(machine, tmp_path):
-    report = GpuReport(GpuWatch(kernel_log=tmp_path / "none", nvidia_smi=["sh", "-c", "echo '0, 2, No'"]), machine.group)
-    report.step()
-    assert machine.health == "Unhealthy"
-    assert machine.cloudwatch.list_metrics(Namespace="Manylora", MetricName="GpuErrors")["Metrics"]
-
-
 def test_one_parts_failure_holds_up_no_other(caplog):
     def fail() -> None:
         raise OSError("away")
@@ -281,6 +277,7 @@ def test_the_program_as_the_unit_starts_it(machine, served, tmp_path):
     served.show(num_tokens=250)
     command = [sys.executable, "-m", "server.host.agent", "--port", str(served.port), "--drain-hook", "drain"]
     command += ["--metadata-endpoint", machine.metadata.endpoint, "--load-s", "0.2", "--lifecycle-s", "0.2"]
+    command += ["--start-s", "", "--heal-s", "600", "--notify-socket", ""]  # as a unit gives what is not in its environment
     process = subprocess.Popen([*command, "--boot-record", str(tmp_path / "none")], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 60
