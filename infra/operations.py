@@ -15,6 +15,7 @@ from constructs import Construct
 from infra.acknowledge import acknowledge, nag_name
 from infra.config import KitConfig
 from infra.fleet import GpuFleet
+from infra.load_balancer import ENTER_S, LEAVE_S
 from infra.patching import Patching
 from infra.storage import Bucket
 
@@ -49,14 +50,16 @@ class Operations(Construct):
             "ARTIFACT_URI": "{{ ArtifactUri }}",
             "WHEELHOUSE_URI": f"s3://{self._bucket.bucket_name}/{wheels}" if wheels else "",
             "READY_S": str(self._fleet.grace_s),
+            "LEAVE_S": str(LEAVE_S),
+            "ENTER_S": str(ENTER_S),
         }
         content = _command("Puts another release of the server onto an instance", variables, "update-server.sh", _UPDATE_S)
         return ssm.CfnDocument(self, "Update", document_type="Command", content=content | {"parameters": _ARTIFACT})
 
     def _make_roll(self) -> ssm.CfnDocument:
-        """An instance whose server restarts fails its health checks: the group must not replace it meanwhile. Whatever comes of it, the
-        group looks again afterwards, and the automation's status is that of the roll."""
-        group = {"Service": "autoscaling", "AutoScalingGroupName": self._group_name, "ScalingProcesses": ["HealthCheck"]}
+        """No instance is replaced under the script's hands, which goes back to the old release by itself. Whatever comes of it, the group
+        replaces again afterwards, and the automation's status is that of the roll."""
+        group = {"Service": "autoscaling", "AutoScalingGroupName": self._group_name, "ScalingProcesses": ["ReplaceUnhealthy"]}
         run = {
             "DocumentName": self.update.ref,
             "Targets": [{"Key": f"tag:{_GROUP_TAG}", "Values": [self._group_name]}],

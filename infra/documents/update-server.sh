@@ -4,6 +4,8 @@
 #   ARTIFACT_URI    s3:// archive as infra/artifact.py makes it
 #   WHEELHOUSE_URI  s3:// prefix with wheels, in place of PyPI; empty: PyPI
 #   READY_S         the server must answer within so many seconds
+#   LEAVE_S         from a server's first 503 on /health until the load balancer sends it nothing more
+#   ENTER_S         from its first answer until the load balancer sends it requests
 set -euo pipefail
 
 PREFIX=${PREFIX:-/opt/manylora}
@@ -11,8 +13,14 @@ PREFIX=${PREFIX:-/opt/manylora}
 source "${HOST_ENV:-/etc/manylora/host.env}"
 export AWS_DEFAULT_REGION=$REGION
 
-switch_to() { # RELEASE: its packages, its units, a restart, which drains first
-    WHEELHOUSE=$wheelhouse bash "$1/ami/install.sh" && bash "$1/ami/configure.sh" && systemctl restart manylora.service manylora-agent.service
+let_go() { # a server that serves says that it goes, and answers what comes until the load balancer has heard it
+    curl -fs -o /dev/null --max-time 5 "http://127.0.0.1:$PORT/health" || return 0
+    if systemctl kill --kill-who=main --signal=SIGUSR1 manylora.service; then sleep "$LEAVE_S"; fi
+}
+
+switch_to() { # RELEASE: its packages, its units, a restart, which drains what is open
+    WHEELHOUSE=$wheelhouse bash "$1/ami/install.sh" && bash "$1/ami/configure.sh" && let_go &&
+        systemctl restart manylora.service manylora-agent.service
 }
 
 answers() {
@@ -39,6 +47,7 @@ if [ ! -e "$new/.whole" ]; then
 fi
 
 if switch_to "$new" && answers; then
+    sleep "$ENTER_S" # the next instance goes only when this one is in turn again
     echo "serving $(basename "$new")"
     exit 0
 fi

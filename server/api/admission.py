@@ -24,6 +24,7 @@ class Admission:
         self._tasks: dict[object, asyncio.Task[object]] = {}  # one an admission; a stream's is done once its first event is out
         self._ended: dict[asyncio.Task[object], ServerError] = {}
         self.draining = False
+        self.leaving = False  # a drain is to come: /health says so, and requests are still taken
 
     def check(self) -> None:
         """Refuse before any work is done: Unavailable while draining, Overloaded when full."""

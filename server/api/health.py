@@ -47,7 +47,7 @@ _ENGINE_FACTS = ("num_blocks", "block_size", "adapter_bytes", "start_s", "versio
 @router.get("/", summary="LoRAX's other name of /health", **_PROBE)
 async def health(api: ApiState) -> Response:
     """The engine's heartbeat, not the web server's: the step loop must have moved on within its deadline. Of several one will do."""
-    reason = SHUTTING_DOWN if api.admission.draining else api.engine.unhealthy_reason()
+    reason = SHUTTING_DOWN if api.admission.draining or api.admission.leaving else api.engine.unhealthy_reason()
     if reason is None:
         return Response(status_code=200)
     return json_response({"error": f"unhealthy: {reason}", "error_type": "healthcheck"}, status=503, headers={"retry-after": "1"})

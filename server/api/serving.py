@@ -1,4 +1,5 @@
-"""uvicorn with our end: SIGTERM drains, a second signal or the drain's timeout stops, an engine that cannot start stops too.
+"""uvicorn with our end: SIGTERM drains, a second signal or the drain's timeout stops, an engine that cannot start stops too. SIGUSR1
+before it announces it to load balancers: /health is 503 from then on, and everything else is answered as before.
 
 Owns the order of the end: new requests 503 while the port still answers, running ones finish, then the port closes, then the engine stops.
 `server.__main__` runs it.
@@ -6,6 +7,8 @@ Owns the order of the end: new requests 503 while the port still answers, runnin
 
 import asyncio
 import logging
+import signal
+import threading
 from types import FrameType
 
 import uvicorn
@@ -44,6 +47,8 @@ class DrainingServer(uvicorn.Server):
 
     async def _serve(self, sockets: list | None = None) -> None:
         self._loop = asyncio.get_running_loop()
+        if threading.current_thread() is threading.main_thread():  # as uvicorn does with its own signals
+            self._loop.add_signal_handler(signal.SIGUSR1, self.leave)
         await super()._serve(sockets)
 
     async def startup(self, sockets: list | None = None) -> None:
@@ -61,6 +66,11 @@ class DrainingServer(uvicorn.Server):
         self._api.admission.draining = True
         log.info("draining: running requests have %.0f s", self._api.settings.drain_timeout_s)
         self._loop.call_soon_threadsafe(self._start_drain)
+
+    def leave(self) -> None:
+        """A load balancer is to let go of this server while it still serves."""
+        log.info("leaving: /health is 503, requests are still taken")
+        self._api.admission.leaving = True
 
     def _start_drain(self) -> None:
         self._drain = asyncio.create_task(self._drain_and_exit())

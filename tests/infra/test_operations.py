@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from infra.load_balancer import ENTER_S, LEAVE_S
 from tests.infra.edge_stack import ROOT, synth, text_of
 
 SCRIPTS = ROOT / "infra" / "documents"
@@ -36,7 +37,7 @@ def test_a_release_goes_over_the_fleet_one_by_one_and_stops_at_the_first_failure
     assert roll["DocumentType"] == "Automation"
     suspend, run, resume = roll["Content"]["mainSteps"]
     assert suspend["inputs"]["Api"] == "SuspendProcesses" and resume["inputs"]["Api"] == "ResumeProcesses"
-    assert suspend["inputs"]["ScalingProcesses"] == resume["inputs"]["ScalingProcesses"] == ["HealthCheck"]
+    assert suspend["inputs"]["ScalingProcesses"] == resume["inputs"]["ScalingProcesses"] == ["ReplaceUnhealthy"]
     assert run["inputs"]["MaxConcurrency"] == "1" and run["inputs"]["MaxErrors"] == "0"
     assert run["isCritical"] and run["onFailure"] == run["onCancel"] == "step:resume"
     (group,) = template.of_type("AWS::AutoScaling::AutoScalingGroup")
@@ -110,6 +111,7 @@ class Instance:
         self.host_env = root / "host.env"
         self.host_env.write_text('REGION="eu-west-1"\nPORT="8080"\n')
         self.calls.touch()
+        self.command("sleep", f'[ "$1" -lt 30 ] || echo "sleep $1" >>{self.calls}')
         self.command("systemctl", f'echo "systemctl $* $(basename $(readlink {self.prefix}/current))" >>{self.calls}')
 
     def command(self, name: str, body: str) -> None:
@@ -143,7 +145,9 @@ def instance(tmp_path):
 
 
 def update(instance):
-    return instance.run("update-server.sh", ARTIFACT_URI="s3://bucket/releases/new.zip", WHEELHOUSE_URI="", READY_S="1")
+    return instance.run(
+        "update-server.sh", ARTIFACT_URI="s3://bucket/releases/new.zip", WHEELHOUSE_URI="", READY_S="1", LEAVE_S="40", ENTER_S="30"
+    )
 
 
 def test_a_release_that_answers_stays(instance):
@@ -153,7 +157,23 @@ def test_a_release_that_answers_stays(instance):
     result = update(instance)
     assert result.returncode == 0 and "serving new" in result.stdout
     assert (instance.prefix / "current").resolve() == new
-    assert instance.calls.read_text().splitlines() == ["systemctl restart manylora.service manylora-agent.service new"]
+    # The load balancer lets go first, while the old one still answers; and has the new one in turn before the next instance goes.
+    assert instance.calls.read_text().splitlines() == [
+        "systemctl kill --kill-who=main --signal=SIGUSR1 manylora.service new",
+        "sleep 40",
+        "systemctl restart manylora.service manylora-agent.service new",
+        "sleep 30",
+    ]
+    assert (LEAVE_S, ENTER_S) == (40, 30)
+
+
+def test_a_server_that_does_not_serve_is_restarted_at_once(instance):
+    """There is nothing to let go of; a signal might meet a process that does not know it yet."""
+    old, _ = instance.release("old"), instance.release("new")
+    (instance.prefix / "current").symlink_to(old)
+    instance.command("curl", f"grep -q restart {instance.calls}")
+    assert update(instance).returncode == 0
+    assert [line.split()[1] for line in instance.calls.read_text().splitlines()] == ["restart", "30"]
 
 
 def test_a_release_that_does_not_answer_goes_and_the_document_fails(instance):
@@ -163,7 +183,7 @@ def test_a_release_that_does_not_answer_goes_and_the_document_fails(instance):
     result = update(instance)
     assert result.returncode == 1 and "back to old" in result.stderr
     assert (instance.prefix / "current").resolve() == old
-    assert [line.split()[-1] for line in instance.calls.read_text().splitlines()] == ["new", "old"]
+    assert [line.split()[-1] for line in instance.calls.read_text().splitlines() if "restart" in line] == ["new", "old"]
 
 
 def test_a_release_that_cannot_be_installed_restarts_nothing_but_the_old_one(instance):
@@ -173,7 +193,7 @@ def test_a_release_that_cannot_be_installed_restarts_nothing_but_the_old_one(ins
     result = update(instance)
     assert result.returncode == 1 and "no such package" in result.stderr
     assert (instance.prefix / "current").resolve() == old
-    assert [line.split()[-1] for line in instance.calls.read_text().splitlines()] == ["old"]
+    assert [line.split()[-1] for line in instance.calls.read_text().splitlines() if "restart" in line] == ["old"]
 
 
 def test_diagnostics_hold_no_secret_and_survive_missing_commands(instance, tmp_path):

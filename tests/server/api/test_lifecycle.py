@@ -145,6 +145,18 @@ def test_draining_finishes_what_runs_and_refuses_what_comes(tmp_path: Path, mode
         assert live.server.exit_code == 0
 
 
+def test_a_server_that_is_to_go_says_so_and_goes_on_serving(tmp_path: Path, model_dir: Path) -> None:
+    with live_server(tmp_path, model_dir) as live:
+        live.server.leave()
+        for path in ("/health", "/ping", "/"):
+            answer = live.client.get(path)
+            assert answer.status_code == 503 and answer.json()["error"] == "unhealthy: the server is shutting down"
+        assert live.post("/generate", BODY).status_code == 200
+        live.server.handle_exit(signal.SIGTERM, None)
+        wait_for(lambda: live.server.should_exit)
+        assert live.server.exit_code == 0
+
+
 def test_draining_is_bounded(tmp_path: Path, model_dir: Path) -> None:
     with live_server(tmp_path, model_dir, drain_timeout_s=0.2) as live:
         live.control(step_s=0.2)
