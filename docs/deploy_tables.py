@@ -5,9 +5,22 @@ from pathlib import Path
 from typing import Any
 
 from infra.config import KitConfig
-from infra.cost import BALANCER_USD, HOURS_A_MONTH, INTERFACE_ENDPOINT_USD, LUSTRE_USD, NAT_USD, VOLUME_USD, hourly_cost
+from infra.cost import (
+    BALANCER_USD,
+    FREE_MB_S,
+    HOURS_A_MONTH,
+    INTERFACE_ENDPOINT_USD,
+    LUSTRE_USD,
+    METRIC_USD,
+    NAT_USD,
+    NUM_DETAILED,
+    NUM_METRICS,
+    VOLUME_MB_S_USD,
+    VOLUME_USD,
+    hourly_cost,
+)
 from infra.sections import Section
-from infra.sections_service import ScheduleConfig
+from infra.sections_service import ROOT_MB_S, ScheduleConfig
 from sizing.instances import INSTANCES
 
 ROOT = Path(__file__).parent.parent
@@ -71,9 +84,10 @@ def deploy_costs() -> str:
     rows = [
         "| what | USD an hour | USD a month |",
         "|---|---|---|",
-        _cost_row(f"a {fleet.instance_type}, with its volume of {fleet.root_gib} GiB", cost.instance or 0.0),
+        _cost_row(f"a {fleet.instance_type}, with its volume of {fleet.root_gib} GiB and its monitoring", cost.instance or 0.0),
         _cost_row("NAT gateway (and 0.045 a GB that passes)", NAT_USD),
         _cost_row("load balancer (and capacity units)", BALANCER_USD),
+        _cost_row("metrics of the fleet, while an instance runs", cost.metrics),
         _cost_row(f"**dev as committed, {fleet.min} instance**", least),
         _cost_row(f"dev as committed, {fleet.max} instances: the most that it scales to", most),
     ]
@@ -99,13 +113,16 @@ def storage_costs() -> str:
 
 def standing_costs() -> str:
     """What each choice adds."""
+    extra_usd = (ROOT_MB_S - FREE_MB_S) * VOLUME_MB_S_USD
     rows = [
         "| choice | adds |",
         "|---|---|",
         f'| `network.nat = "one"` | {NAT_USD * HOURS_A_MONTH:.0f} USD a month, 0.045 a GB |',
         f"| `network.interface_endpoints` | {INTERFACE_ENDPOINT_USD * HOURS_A_MONTH:.1f} USD a month a service (10) and zone |",
         f"| load balancer | {BALANCER_USD * HOURS_A_MONTH:.0f} USD a month and its capacity units |",
-        f"| `fleet.root_gib` | {VOLUME_USD} USD a GB and month, each instance |",
+        f"| `fleet.root_gib` | {VOLUME_USD} USD a GB and month, each instance, and {extra_usd:.0f} a month for its {ROOT_MB_S} MB/s |",
+        f"| metrics | {NUM_METRICS * METRIC_USD:.0f} USD a month while an instance runs, and {NUM_DETAILED * METRIC_USD:.1f} for each |",
+        "| alarms, dashboard, log lines | not in `HourlyCost`: 0.10 a month each, 3 a month, 0.50 a GB |",
         "| `endpoint.waf` | about 8 USD a month, 0.60 a million requests |",
         "| requests | 3.50 USD a million (REST API), traffic out 0.09 a GB |",
     ]

@@ -1,37 +1,47 @@
 """What a configuration costs, roughly and before anything is deployed: standing resources and instances, in USD.
 
 Prices are sizing's (sizing/prices.toml; look them up before a decision). Traffic, requests and storage by the gigabyte are not in it:
-they are named beside it. Knows no CDK: outputs, the dashboard and the documentation call it.
+they are named beside it. Left out, too: alarms (0.10 a month each), the dashboard (3 a month), log lines. Knows no CDK: outputs, the
+dashboard and the documentation call it.
 """
 
 from dataclasses import dataclass
 
 from infra.config import KitConfig
+from infra.sections_service import ROOT_MB_S
 from sizing.instances import PRICE_REGION, PRICES, PRICES_OF
 
 HOURS_A_MONTH = 730
 NAT_USD: float = PRICES["standing"]["nat_usd"]  # an hour; and 0.045 a GB that passes
 BALANCER_USD: float = PRICES["standing"]["balancer_usd"]  # an hour; and capacity units
 INTERFACE_ENDPOINT_USD: float = PRICES["standing"]["interface_endpoint_usd"]  # an hour, service and zone
-VOLUME_USD: float = PRICES["monthly"]["volume_usd"]  # a GB and month, gp3
+VOLUME_USD: float = PRICES["monthly"]["volume_usd"]  # a GB and month, gp3, with 125 MB/s and 3000 IOPS, of which we ask for no more
+VOLUME_MB_S_USD: float = PRICES["monthly"]["volume_mb_s_usd"]  # a MB/s and month above these
+METRIC_USD: float = PRICES["monthly"]["metric_usd"]  # a month and metric, by the hours in which it is published
 LUSTRE_USD = {  # a GB and month
     "SCRATCH_2": PRICES["monthly"]["lustre_scratch_usd"],
     "PERSISTENT_2": {int(speed): usd for speed, usd in PRICES["monthly"]["lustre_persistent_usd"].items()},
 }
 WAF_USD: float = PRICES["monthly"]["waf_usd"]  # a month: one list, its rules
 NUM_ENDPOINTS = 10  # of `network`: services that instances call
+NUM_METRICS = 30  # of the group, however many publish: the server's 8, the boot's 6, the CloudWatch agent's 16 with one GPU and two disks
+NUM_DETAILED = 7  # of each instance: EC2's detailed monitoring
+FREE_MB_S = 125
 
 
 @dataclass(frozen=True)
 class Cost:
-    """USD an hour: `standing` without any instance, `instance` for each; None where an instance's price is not known."""
+    """USD an hour: `standing` without any instance, `instance` for each (None where its price is not known), `metrics` if there is any."""
 
     standing: float
     instance: float | None
+    metrics: float
 
     def at(self, num_instances: int) -> float | None:
         """An hour with so many instances."""
-        return None if self.instance is None else self.standing + num_instances * self.instance
+        if self.instance is None:
+            return None
+        return self.standing + (self.metrics if num_instances else 0.0) + num_instances * self.instance
 
 
 def hourly_cost(config: KitConfig) -> Cost:
@@ -48,8 +58,9 @@ def hourly_cost(config: KitConfig) -> Cost:
     if config.endpoint.waf:
         standing += WAF_USD / HOURS_A_MONTH
     price = config.fleet.instance.usd_per_hour
-    volume = config.fleet.root_gib * VOLUME_USD / HOURS_A_MONTH
-    return Cost(round(standing, 4), None if price is None else round(price + volume, 4))
+    beside = config.fleet.root_gib * VOLUME_USD + (ROOT_MB_S - FREE_MB_S) * VOLUME_MB_S_USD + NUM_DETAILED * METRIC_USD  # a month
+    instance = None if price is None else round(price + beside / HOURS_A_MONTH, 4)
+    return Cost(round(standing, 4), instance, round(NUM_METRICS * METRIC_USD / HOURS_A_MONTH, 4))
 
 
 def cost_text(config: KitConfig) -> str:

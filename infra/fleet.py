@@ -28,6 +28,7 @@ from infra.log_group import make_log_group
 from infra.model import BaseModel
 from infra.network import Network
 from infra.removal import data_key
+from infra.sections_service import ROOT_MB_S
 from infra.storage import Bucket, SharedFiles
 from infra.user_data import CACHE_ROOT, SHARED_DIR, render, server_environment
 
@@ -85,7 +86,7 @@ class GpuFleet(Construct):
             encrypted=True,
             kms_key=data_key(self, config),
             volume_type=ec2.EbsDeviceVolumeType.GP3,
-            throughput=250,  # MB/s; the server's environment is gigabytes of libraries, and 125 would be felt at each start
+            throughput=ROOT_MB_S,
             delete_on_termination=True,
         )
         return ec2.LaunchTemplate(
@@ -135,6 +136,12 @@ class GpuFleet(Construct):
             warning = "Annotation::@aws-cdk/aws-autoscaling:desiredCapacitySet"
             kept = cdk.Acknowledgment(id=warning, reason="an unmodified size is ignored by later deploys (the group's update policy)")
             cdk.Validations.of(group).acknowledge(kept)
+        if fleet.max == 1:
+            # A second one would need a larger MaxSize, which the policy would use for load as well: whoever pays for it says so.
+            warning = (
+                "fleet.max is 1: a deploy that changes the instance answers 503 for as long as the new one boots; 2 leaves room for it"
+            )
+            cdk.Annotations.of(group).add_warning_v2("manylora:oneInstance", warning)
         if mixed:
             acknowledge(group, {"EC26": "the rule fails on a mixed-instances policy; the launch template's volume is encrypted"})
         return group

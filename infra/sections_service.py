@@ -15,6 +15,9 @@ Domain = Annotated[str, StringConstraints(pattern=r"^([a-z0-9]([a-z0-9-]{0,61}[a
 Origin = Annotated[str, StringConstraints(pattern=r"^(\*|https?://[^/\s*]+)$")]
 
 
+ROOT_MB_S = 250  # of the root volume; the server's environment is gigabytes of libraries, and gp3's own 125 would be felt at each start
+
+
 class ScheduleConfig(Section):
     """[[fleet.schedules]]"""
 
@@ -45,7 +48,9 @@ class FleetConfig(Section):
     instance_type: str = Field("g6.xlarge", description="Any G6, Gr6 or G6e.")
     fallback_types: tuple[str, ...] = Field((), description="Other types to take when there is no capacity, in this order.")
     min: int = Field(1, ge=0, le=1000, description="Fewest instances.")
-    max: int = Field(2, ge=1, le=1000, description="Most instances.")
+    max: int = Field(
+        2, ge=1, le=1000, description="Most instances. With 1, a deploy that changes it ends the only instance before the new one boots."
+    )
     desired: int | None = Field(None, ge=0, le=1000, description="Instances at the first deploy; later the group's own. Auto: min.")
     root_gib: int = Field(
         128, ge=100, le=16_384, description="Encrypted gp3 root volume: system and server; the local cache if there is no NVMe."

@@ -95,6 +95,12 @@ def test_a_termination_is_held_while_requests_run(service):
     assert f"DRAIN_HOOK='{DRAIN_HOOK}'" in user_data_of(service)
 
 
+@pytest.mark.parametrize(("most", "is_warned"), [(1, True), (2, False)])
+def test_a_fleet_of_one_is_told_what_a_deploy_does_to_it(synthesize, most, is_warned):
+    metadata = [path.read_text() for path in synthesize({"fleet.max": most}).glob("*.json") if "template" not in path.name]
+    assert ("fleet.max is 1: a deploy that changes the instance answers 503" in "".join(metadata)) == is_warned
+
+
 def test_one_instance_can_still_be_replaced(synth):
     group = group_of(synth({"fleet.max": 1})["service"])
     assert group["UpdatePolicy"]["AutoScalingRollingUpdate"]["MinInstancesInService"] == 0
