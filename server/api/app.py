@@ -38,7 +38,7 @@ from server.api.routers import SCHEMAS, mount
 from server.api.source_settings import check_sources, source_options
 from server.api.state import Api
 from server.api.stream import Dialect, error_response, internal_error, native_error, openai_error
-from server.api.tenants.access import places_of
+from server.api.tenants.access import Places
 from server.api.tenants.tenancy import Tenancy
 from server.api.text.template_worker import TemplateWorkers
 from server.api.tracing import Traces
@@ -78,8 +78,8 @@ def make_api(
     traces = Traces(settings.otlp_endpoint) if settings.otlp_endpoint is not None else None
     metrics.on_end = traces or metrics.on_end
     publisher, adapters = _adapters(settings, model, engine, metrics)
-    place_of = places_of(publisher.raw)
-    tenancy = Tenancy(settings, publisher.registry, place_of, TenantSeries(metrics.registry)) if settings.tenants_file else None
+    places = Places(publisher.raw)
+    tenancy = Tenancy(settings, publisher.registry, places, TenantSeries(metrics.registry)) if settings.tenants_file else None
     metrics.registry.register(LoraRequestsInfo(metrics, adapters.residency, settings.max_batch_size))
     return Api(
         settings=settings,
@@ -88,7 +88,7 @@ def make_api(
         adapters=adapters,
         publisher=publisher,
         tenancy=tenancy,
-        place_of=place_of,
+        places=places,
         status=AdapterStatus(publisher.registry, adapters),
         templates=TemplateWorkers(timeout_s=settings.template_timeout_s),
         admission=Admission(settings.max_concurrent_requests, metrics),

@@ -20,7 +20,8 @@ async def _preload(api: Api) -> None:
     ready = await api.engine.wait_ready()
     for adapter_id in api.settings.preloaded_adapter_ids:
         try:
-            adapter = await api.adapters.resolve(AdapterSelection(api.source(None), adapter_id), ready.layout)
+            source = api.source(None)
+            adapter = await api.adapters.resolve(AdapterSelection(source, api.places.spelling(source, adapter_id)), ready.layout)
         except ServerError as error:
             log.error("adapter %r was not preloaded: %s", adapter_id, error.message)
             continue

@@ -103,6 +103,10 @@ class OneVersion:
         """See Source."""
         return adapter_id
 
+    def spelling(self, adapter_id: str) -> str:
+        """See Source."""
+        return adapter_id
+
     def fetch(self, snapshot: Snapshot, into: Path, api_token: str | None = None, progress: Progress | None = None) -> None:
         """See Source; it is read in place."""
         raise SourceUnavailable(f"Adapter '{snapshot.shown_id}': its published weights are read in place")
@@ -132,6 +136,10 @@ class NamesFirst:
     def place(self, adapter_id: str) -> str:
         """See Source; of an id that is no published name."""
         return self._sources.get(self.name).place(adapter_id)
+
+    def spelling(self, adapter_id: str) -> str:
+        """See Source; of an id that is no published name."""
+        return self._sources.get(self.name).spelling(adapter_id)
 
     def fetch(self, snapshot: Snapshot, into: Path, api_token: str | None = None, progress: Progress | None = None) -> None:
         """See Source; published weights are read in place and never come here."""

@@ -33,16 +33,17 @@ class AdapterSelection:
     adapter_id: str = ""
     merge: Merge | None = None
     api_token: str | None = None
+    given: tuple[str, ...] = ()  # the ids as the caller wrote them, where that is not how they are kept
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """The ids as they were given; of a tenant's own names, as they are kept (api.names)."""
+        """The ids as they are kept: in the source's one spelling, of a tenant's own names with the tenant (api.names)."""
         return self.merge.ids if self.merge is not None else (self.adapter_id,)
 
     @property
     def shown_ids(self) -> tuple[str, ...]:
-        """The ids for the caller and its messages: without the tenant that they are kept under."""
-        return tuple(map(shown, self.ids))
+        """The ids for the caller and its messages: as it wrote them, without the tenant that they are kept under."""
+        return self.given or tuple(map(shown, self.ids))
 
     @property
     def name_key(self) -> NameKey:
@@ -53,7 +54,7 @@ class AdapterSelection:
     def key(self) -> tuple[object, ...]:
         """Equal for requests that must get the same answer."""
         token = hashlib.sha256((self.api_token or "").encode("utf-8", errors="surrogatepass")).digest()
-        return (self.source, self.adapter_id, self.merge, token)
+        return (self.source, self.adapter_id, self.merge, token, self.given)
 
 
 @dataclass(frozen=True)

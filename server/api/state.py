@@ -26,7 +26,7 @@ from server.api.publishing import Publisher
 from server.api.record import Record
 from server.api.sampling import Limits, too_long
 from server.api.shared_run import SharedRun
-from server.api.tenants.access import Access, PlaceOf, nowhere, unrestricted
+from server.api.tenants.access import Access, Places, nowhere, unrestricted
 from server.api.tenants.callers import caller_of
 from server.api.tenants.limits import Lease, scopes_of
 from server.api.tenants.tenancy import Tenancy
@@ -56,7 +56,7 @@ class Api:
     adapters: AdapterResolver
     publisher: Publisher
     tenancy: Tenancy | None  # None: callers are not told apart
-    place_of: PlaceOf
+    places: Places
     status: AdapterStatus
     templates: TemplateWorkers
     admission: Admission
@@ -134,7 +134,7 @@ class Api:
     def access(self, request: Request) -> Access:
         """What the caller of a request may."""
         if self.tenancy is None:
-            return unrestricted(self.publisher.registry, self.place_of)
+            return unrestricted(self.publisher.registry, self.places)
         return self.tenancy.access(caller_of(request))
 
     @contextmanager
@@ -146,7 +146,8 @@ class Api:
             if self.tenancy is None or access.tenant is None or access.shared is None:
                 yield Lease([], num_sequences)
                 return
-            scopes = scopes_of(access.tenant, access.shared, selection, access.shared_ids(selection))
+            spelling = partial(self.places.spelling, selection.source) if selection is not None else str
+            scopes = scopes_of(access.tenant, access.shared, selection, access.shared_ids(selection), spelling)
             with self.tenancy.limits.admitted(scopes, num_sequences, record) as lease:
                 if record is not None:
                     record.lease = lease

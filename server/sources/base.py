@@ -94,6 +94,11 @@ class Source(Protocol):
         a caller may reach can be said as beginnings of places. ValidationFailed if the id cannot be one."""
         ...
 
+    def spelling(self, adapter_id: str) -> str:
+        """The one id that is kept for the place that `adapter_id` names, however it is written; the id of its own spelling. It names no
+        bucket or prefix that the caller need not know. ValidationFailed as `place`."""
+        ...
+
     def fetch(self, snapshot: Snapshot, into: Path, api_token: str | None = None, progress: Progress | None = None) -> None:
         """Write exactly the snapshot's files into the empty folder `into`. SourceChanged if the source holds other bytes by now."""
         ...

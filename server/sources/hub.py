@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from server.errors import ServerError, ValidationFailed
+from server.errors import AdapterRefused, ServerError, ValidationFailed
 from server.sources.base import (
     Progress,
     Snapshot,
@@ -53,7 +53,8 @@ class HubSource:
         self._owners = frozenset(options.allowed_hub_owners)
 
     def snapshot(self, adapter_id: str, *, revision: str | None = None, api_token: str | None = None) -> Snapshot:
-        """See Source. The version is the commit that `revision` (default: the main branch) names now."""
+        """See Source. The version is the commit that `revision` (default: the main branch) names now.
+        AdapterRefused, with its name, for a repository that has another one (moved, or in other case)."""
         self._check_owner(_check_repo_id(adapter_id), adapter_id)
         if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
             raise ValidationFailed("`revision` must be a branch, a tag or a commit", param="revision")
@@ -63,6 +64,8 @@ class HubSource:
                 adapter_id, revision=revision, files_metadata=True, token=token, timeout=self._options.read_timeout_s
             )
             self._check_owner(info.id, adapter_id)  # a moved repository answers under its new owner
+            if info.id != adapter_id:  # also in other case: what is limited or deleted by one name must not be had by another
+                raise AdapterRefused(f"Adapter '{adapter_id}' is called '{info.id}' on the hub: ask for it by that name")
             if info.sha is None or not _COMMIT.fullmatch(info.sha):
                 raise unavailable(self.name, "it named no commit")
             listing = [SourceFile(item.rfilename, _size_of(item.size), item.blob_id or "") for item in info.siblings or ()]
@@ -71,6 +74,10 @@ class HubSource:
 
     def place(self, adapter_id: str) -> str:
         """See Source: owner/name."""
+        return _check_repo_id(adapter_id)
+
+    def spelling(self, adapter_id: str) -> str:
+        """See Source: `snapshot` takes a repository by its own name alone."""
         return _check_repo_id(adapter_id)
 
     def adapter_ids(self, limit: int) -> list[str]:

@@ -63,6 +63,10 @@ class LocalSource:
         """See Source: the path below adapters_dir."""
         return "/".join(split_id(adapter_id))
 
+    def spelling(self, adapter_id: str) -> str:
+        """See Source: split_id takes an id in one way alone."""
+        return self.place(adapter_id)
+
     def fetch(self, snapshot: Snapshot, into: Path, api_token: str | None = None, progress: Progress | None = None) -> None:
         """See Source. Copies; noticed if a file changes meanwhile."""
         tally = Tally(snapshot, progress)

@@ -103,6 +103,10 @@ class S3Source:
         """See Source: bucket/key."""
         return "/".join(locate(adapter_id, self._options.model_bucket, self._options.model_folder))
 
+    def spelling(self, adapter_id: str) -> str:
+        """See Source: the shortest."""
+        return self._id_of(*locate(adapter_id, self._options.model_bucket, self._options.model_folder))
+
     def fetch(self, snapshot: Snapshot, into: Path, api_token: str | None = None, progress: Progress | None = None) -> None:
         """See Source. Each object is read with the ETag of the listing as a condition."""
         where = locate(snapshot.adapter_id, None, None)

@@ -22,12 +22,21 @@ from server.sources.ids import split_id
 
 _MAX_PLACES = 50_000
 
-PlaceOf = Callable[[str, str], str]
 
+class Places:
+    """What ids mean, remembered."""
 
-def places_of(sources: AdapterSources) -> PlaceOf:
-    """(source, id) -> the place that the id names, remembered. The errors of Source.place."""
-    return lru_cache(_MAX_PLACES)(lambda source, adapter_id: sources.get(source).place(adapter_id))
+    def __init__(self, sources: AdapterSources) -> None:
+        find = lru_cache(_MAX_PLACES)
+        self.of: Callable[[str, str], str] = find(lambda source, adapter_id: sources.get(source).place(adapter_id))
+        self._spelling = find(lambda source, adapter_id: sources.get(source).spelling(adapter_id))
+
+    def spelling(self, source: str, adapter_id: str) -> str:
+        """The id as it is kept, however it is written. What can be no id of the source (a published name may be none) is kept as it is."""
+        try:
+            return self._spelling(source, adapter_id)
+        except ValidationFailed:
+            return adapter_id
 
 
 def nowhere(selection: AdapterSelection) -> AdapterNotFound:
@@ -46,7 +55,7 @@ class Access:
 
     caller: Caller
     registry: Registry
-    place_of: PlaceOf
+    places: Places
     shared: Shared | None = None
 
     @property
@@ -58,18 +67,20 @@ class Access:
 
     def to_call(self, selection: AdapterSelection | None) -> AdapterSelection | None:
         """The selection with each id as it is kept. AdapterNotFound for what the caller may not call, ValidationFailed for no id."""
-        if selection is None or self.tenant is None:
-            return selection
-        kept = tuple(self._kept(selection.source, adapter_id) for adapter_id in selection.ids)
-        found = [adapter_id for adapter_id in kept if adapter_id is not None]
-        if len(found) < len(kept):
+        if selection is None:
+            return None
+        spelled = tuple(self.places.spelling(selection.source, adapter_id) for adapter_id in selection.ids)
+        found = spelled if self.tenant is None else tuple(self._kept(selection.source, adapter_id) for adapter_id in spelled)
+        kept = tuple(adapter_id for adapter_id in found if adapter_id is not None)
+        if len(kept) < len(found):
             raise nowhere(selection)
+        given = selection.ids if spelled != selection.ids else ()
         if selection.merge is not None:
-            return replace(selection, merge=replace(selection.merge, ids=tuple(found)))
-        return replace(selection, adapter_id=found[0])
+            return replace(selection, merge=replace(selection.merge, ids=kept), given=given)
+        return replace(selection, adapter_id=kept[0], given=given)
 
     def _kept(self, source: str, adapter_id: str) -> str | None:
-        """The id as it is kept; None if it is not for this caller."""
+        """An id of its source's spelling as it is kept; None if it is not for this caller."""
         assert self.tenant is not None
         if SEPARATOR in adapter_id:
             raise_invalid(adapter_id, "a backslash is not allowed")
@@ -93,7 +104,7 @@ class Access:
 
     def _is_at(self, allowed: Sources, source: str, adapter_id: str) -> bool:
         entries = allowed.get(source)
-        return bool(entries) and is_below(self.place_of(source, adapter_id), entries or ())
+        return bool(entries) and is_below(self.places.of(source, adapter_id), entries or ())
 
     # -- shares of the engine -------------------------------------------------------------------------------------------------------
 
@@ -237,6 +248,6 @@ def _check_name(name: str) -> None:
         raise ValidationFailed(error.message.replace("`adapter_id`", "`name`", 1), param="name") from None
 
 
-def unrestricted(registry: Registry, place_of: PlaceOf) -> Access:
+def unrestricted(registry: Registry, places: Places) -> Access:
     """What anybody may where there are no tenants."""
-    return Access(OPERATOR, registry, place_of)
+    return Access(OPERATOR, registry, places)

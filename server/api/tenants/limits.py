@@ -15,7 +15,7 @@ from typing import Protocol
 from server.api.names import shown
 from server.api.sampling import refuse
 from server.api.selection import AdapterSelection
-from server.api.tenants.rules import Limits, Shared, Tenant
+from server.api.tenants.rules import Limits, Shared, Spelling, Tenant
 from server.api.tenants.usage import WINDOW_S, Window
 from server.errors import LimitReached
 
@@ -29,18 +29,23 @@ class Scope:
     limits: Limits
 
 
-def scopes_of(tenant: Tenant, shared: Shared, selection: AdapterSelection | None, shared_ids: Collection[str]) -> list[Scope]:
+def scopes_of(
+    tenant: Tenant, shared: Shared, selection: AdapterSelection | None, shared_ids: Collection[str], spelling: Spelling = str
+) -> list[Scope]:
     """All that a request counts for: its tenant, its adapters as the tenant limits them, shared adapters as they are limited for all.
 
-    The selection's ids are as they are kept; `shared_ids` are those that every tenant may call, merged with others or not."""
+    The selection's ids are as they are kept; `shared_ids` are those that every tenant may call, merged with others or not. `spelling`: how
+    an id of the selection's source is kept, for the ids in the tenants file."""
     found = [Scope(f"tenant/{tenant.name}", "the tenant", tenant.limits)]
     for kept in dict.fromkeys(selection.ids if selection is not None else ()):
         assert selection is not None
         name = shown(kept)
         key = f"adapter/{tenant.name}/{selection.source}/{kept}"
-        found.append(Scope(key, f"adapter '{name[:256]}'", tenant.rules.limits_of(name)))
+        found.append(Scope(key, f"adapter '{name[:256]}'", tenant.rules.limits_of(name, spelling)))
         if kept in shared_ids:
-            found.append(Scope(f"shared/{selection.source}/{kept}", f"adapter '{name[:256]}' for all tenants", shared.limits_of(name)))
+            found.append(
+                Scope(f"shared/{selection.source}/{kept}", f"adapter '{name[:256]}' for all tenants", shared.limits_of(name, spelling))
+            )
     return [scope for scope in found if scope.limits != Limits()]
 
 

@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -48,6 +48,7 @@ class Limits(_Section):
 
 
 Sources = dict[str, tuple[_Text, ...]]
+Spelling = Callable[[str], str]
 
 
 def _check_sources(sources: Sources) -> None:
@@ -65,9 +66,10 @@ class _Shares(_Section):
         _check_sources(self.sources)
         return self
 
-    def limits_of(self, adapter: str) -> Limits:
-        """The limits of an adapter by the name that the tenant gives it."""
-        return self.adapters.get(adapter) or self.adapters.get(EVERY) or Limits()
+    def limits_of(self, adapter: str, spelling: Spelling = str) -> Limits:
+        """The limits of an adapter by the name that the tenant gives it. `spelling`: how an id is kept, however the file writes it."""
+        named = (limits for key, limits in self.adapters.items() if key != EVERY and spelling(key) == adapter)
+        return self.adapters.get(adapter) or next(named, None) or self.adapters.get(EVERY) or Limits()
 
 
 class Defaults(_Section):

@@ -15,7 +15,7 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from server.api.registry import Registry
-from server.api.tenants.access import Access, PlaceOf
+from server.api.tenants.access import Access, Places
 from server.api.tenants.callers import Caller
 from server.api.tenants.keys import KeyRing
 from server.api.tenants.limits import LimitBook
@@ -34,11 +34,11 @@ _MAX_REMEMBERED = 20_000
 class Tenancy:
     """An `Identities` for `LetIn`. RulesError if the file cannot be; OSError or ValueError if the document of keys cannot be read."""
 
-    def __init__(self, settings: Settings, registry: Registry, place_of: PlaceOf, series: TenantSeries) -> None:
+    def __init__(self, settings: Settings, registry: Registry, places: Places, series: TenantSeries) -> None:
         assert settings.tenants_file is not None and settings.registry_dir is not None
         self.admin_key: SecretStr | None = settings.admin_key
         self.gateway_key: SecretStr | None = settings.gateway_key
-        self._path, self._registry, self._place_of, self._series = settings.tenants_file, registry, place_of, series
+        self._path, self._registry, self._places, self._series = settings.tenants_file, registry, places, series
         self._seen = _facts(self._path)
         self._take(read_rules(self._path), None)
         self.keys = KeyRing(settings.registry_dir)
@@ -75,7 +75,7 @@ class Tenancy:
 
     def access(self, caller: Caller) -> Access:
         """What the caller may, by the rules as they are now."""
-        return Access(caller, self._registry, self._place_of, self.rules.shared)
+        return Access(caller, self._registry, self._places, self.rules.shared)
 
     # -- kept up to date ------------------------------------------------------------------------------------------------------------
 

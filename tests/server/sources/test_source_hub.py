@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from server.errors import AdapterNotFound, SourceUnavailable, ValidationFailed
+from server.errors import AdapterNotFound, AdapterRefused, SourceUnavailable, ValidationFailed
 from server.sources import SourceOptions, Store
 from server.sources.hub import HubSource
 from tests.server.sources.hub_stand_in import Repository
@@ -32,6 +32,15 @@ def test_a_repository_that_moved_to_a_foreign_owner_is_not_followed(hub: HubWorl
     hub.hub.repositories["team/sql"] = Repository(moved_to="other/sql")
     with pytest.raises(AdapterNotFound, match="allowed-hub-owners"):
         HubSource(hub.options()).snapshot("team/sql")
+
+
+def test_a_repository_is_asked_for_by_its_own_name(hub: HubWorld) -> None:
+    """A limit or a deletion of one name must not be passed by another: one it had before, or one in other case, which the hub takes."""
+    hub.hub.commit("team/sql", adapter_files())
+    for other in ("team/old", "team/SQL"):
+        hub.hub.repositories[other] = Repository(moved_to="team/sql")
+        with pytest.raises(AdapterRefused, match=f"'{other}' is called 'team/sql' on the hub"):
+            HubSource(hub.options()).snapshot(other)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,23 @@ def test_ids_point_where_lorax_says(adapter_id: str, model_bucket: str | None, m
 
 
 @pytest.mark.parametrize(
+    ("model_bucket", "model_folder", "spelling", "written"),
+    [
+        (None, None, "loras/foo", ("loras/foo", "loras/foo/", "s3://loras/foo", "s3://loras/foo/")),
+        ("bucket", None, "foo", ("foo", "foo/", "s3://bucket/foo", "s3://bucket/foo/")),
+        ("bucket", "/models/v1/", "a/b", ("a/b", "a/b/", "s3://bucket/models/v1/a/b", "s3://bucket/models/v1/a/b/")),
+        ("bucket", "models", "s3://bucket/models", ("s3://bucket/models", "s3://bucket/models/")),
+        ("bucket", "models", "s3://bucket/other/a", ("s3://bucket/other/a",)),
+        ("bucket", None, "s3://loras/foo", ("s3://loras/foo", "s3://loras/foo/")),
+    ],
+)
+def test_every_way_to_write_an_id_is_one_spelling(model_bucket: str | None, model_folder: str | None, spelling: str, written) -> None:
+    source = S3Source(SourceOptions(allowed_buckets=("loras",), model_bucket=model_bucket, model_folder=model_folder))
+    for adapter_id in (*written, spelling):
+        assert source.spelling(adapter_id) == spelling and source.place(adapter_id) == source.place(spelling)
+
+
+@pytest.mark.parametrize(
     ("adapter_id", "message"),
     [
         ("s3://loras", "Invalid model_id 's3://loras'. model_id should be of the form `s3://bucket_name/model_id`"),

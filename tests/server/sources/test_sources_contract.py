@@ -57,10 +57,13 @@ def test_a_place_is_said_without_asking_and_is_below_its_folder(world: tuple[str
         assert (
             place.endswith(adapter_id.removeprefix("s3://").rsplit("/", 1)[-1]) and not place.startswith(("/", "s3:")) and ".." not in place
         )
-        assert source.place(adapter_id) == place
+        assert source.place(adapter_id) == place and source.place(source.spelling(adapter_id)) == place
+        assert source.spelling(source.spelling(adapter_id)) == source.spelling(adapter_id)
     for wrong in ("../team/sql", "team/../other", "/etc", "team//sql", "team\\sql", "", "team/.hidden"):
         with pytest.raises(ValidationFailed):
             source.place(wrong)
+        with pytest.raises(ValidationFailed):
+            source.spelling(wrong)
 
 
 def test_version_names_the_bytes(world: tuple[str, World]) -> None:

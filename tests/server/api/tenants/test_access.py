@@ -1,14 +1,17 @@
 """Which ids a tenant may name in each source: places by whole segments, whatever way an id is written; nothing is asked of anybody."""
 
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from server.api.adapters import AdapterSelection, Merge
+from server.api.published import NamedSources, PublishedWeights
 from server.api.registry import NOTHING, Entry, Registry
-from server.api.tenants.access import Access, is_below, places_of
+from server.api.tenants.access import Access, Places, is_below, unrestricted
 from server.api.tenants.callers import Caller
+from server.api.tenants.limits import scopes_of
 from server.api.tenants.rules import Rules, parse_rules
 from server.errors import AdapterNotFound, Conflict, ValidationFailed
 from server.sources import SourceOptions, Sources
@@ -19,6 +22,7 @@ sources = { local = ["common"], s3 = ["company/shared"], hub = ["open-models"] }
 prefix_cache = true
 [tenants.acme]
 max_names = 2
+adapters = { "s3://company/adapters/acme/sql/" = { queue_length = 7 } }
 sources = { local = ["acme"], s3 = ["s3://company/adapters/acme/", "acme-bucket"], hub = ["acme-org"] }
 [tenants.every]
 sources = { local = ["*"] }
@@ -36,8 +40,8 @@ def access(rules: Rules, tmp_path: Path):
         adapters_dir=tmp_path, allowed_buckets=("company", "acme-bucket", "other-bucket"), model_bucket="company", model_folder="adapters",
         hub_enabled=True, allowed_hub_owners=("*",),
     )  # fmt: skip
-    registry, place_of = Registry(tmp_path / "registry", "model", "local"), places_of(Sources(options))
-    return lambda name: Access(Caller(rules.tenant(name)), registry, place_of, rules.shared)
+    registry, places = Registry(tmp_path / "registry", "model", "local"), Places(Sources(options))
+    return lambda name: Access(Caller(rules.tenant(name)), registry, places, rules.shared)
 
 
 ALLOWED = [
@@ -64,8 +68,40 @@ NO_IDS = [
 def test_places_that_are_a_tenants_or_everybodys(access) -> None:
     for source, adapter_id in ALLOWED:
         selection = AdapterSelection(source, adapter_id)
-        assert access("acme").to_call(selection) == selection, selection
+        called = access("acme").to_call(selection)
+        assert called is not None and called.shown_ids == (adapter_id,), selection
         assert access("acme").sees(selection)
+
+
+def test_one_adapter_is_one_key_however_it_is_written(access, rules: Rules) -> None:
+    """For limits, metrics, deletions and what is remembered; an answer names it as the request did."""
+    for caller in ("acme", "operator"):
+        to_call = access(caller).to_call
+        for written in ("acme/sql", "acme/sql/", "s3://company/adapters/acme/sql", "s3://company/adapters/acme/sql/"):
+            called = to_call(AdapterSelection("s3", written))
+            assert called.name_key == ("s3", "acme/sql", None) and called.shown_ids == (written,), written
+        merged = to_call(AdapterSelection("s3", merge=Merge(("acme/sql/", "s3://acme-bucket/x/"), (1, 1))))
+        assert merged.ids == ("acme/sql", "s3://acme-bucket/x") and merged.shown_ids == ("acme/sql/", "s3://acme-bucket/x/")
+    spelling = partial(access("acme").places.spelling, "s3")
+    keys = {}
+    for written in ("acme/sql/", "s3://company/adapters/acme/sql"):
+        called = access("acme").to_call(AdapterSelection("s3", written))
+        keys |= {one.key: one.limits.queue_length for one in scopes_of(rules.tenant("acme"), rules.shared, called, (), spelling)}
+    assert keys == {"adapter/acme/s3/acme/sql": 7}  # whose limit the file writes in yet another way
+
+
+async def test_a_deleted_id_is_not_had_by_another_spelling(tmp_path: Path) -> None:
+    sources = Sources(SourceOptions(model_bucket="company"))
+    registry = Registry(tmp_path, "model", "s3")
+    requests = NamedSources(sources, registry, PublishedWeights(registry.folder))
+    anybody = unrestricted(registry, Places(sources))
+    await registry.update("sql", lambda before, now: Entry(changed=now, deleted=True))
+    for written in ("sql", "sql/", "s3://company/sql", "s3://company/sql/"):
+        called = anybody.to_call(AdapterSelection("s3", written))
+        with pytest.raises(AdapterNotFound):  # before S3 is asked
+            requests.get("s3").snapshot(called.adapter_id)
+        assert anybody.to_order(written) == "sql"
+    assert anybody.to_call(AdapterSelection("s3", "s3://company")).adapter_id == "s3://company"  # no id: the source says why
 
 
 def test_places_that_are_not(access) -> None:
