@@ -80,6 +80,8 @@ def make_api(
     publisher, adapters = _adapters(settings, model, engine, metrics)
     places = Places(publisher.raw)
     tenancy = Tenancy(settings, publisher.registry, places, TenantSeries(metrics.registry)) if settings.tenants_file else None
+    if tenancy is not None:
+        publisher.raw.bound_links(tenancy.link_bounds)
     metrics.registry.register(LoraRequestsInfo(metrics, adapters.residency, settings.max_batch_size))
     return Api(
         settings=settings,

@@ -4,7 +4,8 @@ Called by the API, which asks for a source by its name and hands it to the store
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from server.errors import ValidationFailed
 from server.sources.base import Progress, Snapshot, Source, SourceChanged, SourceFile, SourceOptions
@@ -48,6 +49,10 @@ class Sources:
         self._options = options
         self._lock = threading.Lock()
         self._made: dict[str, Source] = {}
+
+    def bound_links(self, link_bounds: Callable[[str], Sequence[str]]) -> None:
+        """See SourceOptions.link_bounds. Before any source is asked."""
+        self._options = replace(self._options, link_bounds=link_bounds)
 
     def get(self, name: str) -> Source:
         """The source of that name. ValidationFailed if there is none or if it is off on this server."""

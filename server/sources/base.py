@@ -6,7 +6,7 @@ Owns the vocabulary of this package. It does not know any single source, nor the
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, Protocol
@@ -29,6 +29,7 @@ class SourceOptions:
     hub_enabled: bool = False
     hub_endpoint: str = "https://huggingface.co"
     allowed_hub_owners: tuple[str, ...] = ()  # "*" is any owner
+    link_bounds: Callable[[str], Sequence[str]] = lambda place: ()  # places of `local` that links of what is at `place` must not leave
     max_adapter_bytes: int = 2 << 30
     connect_timeout_s: float = 5.0
     read_timeout_s: float = 20.0

@@ -40,6 +40,7 @@ class LocalSource:
         if options.adapters_dir is None:
             raise source_off(self.name, "adapters-dir is not set")
         self._root = options.adapters_dir
+        self._link_bounds = options.link_bounds
         self._max_bytes = options.max_adapter_bytes
 
     def snapshot(self, adapter_id: str, *, revision: str | None = None, api_token: str | None = None) -> Snapshot:
@@ -95,17 +96,21 @@ class LocalSource:
         return sorted(found)
 
     def _contained(self, adapter_id: str, segments: list[str]) -> Path:
-        """The real folder behind the id. AdapterRefused if links lead out of the root."""
+        """The real folder behind the id. AdapterRefused if links lead out of the root, or out of a place that the id is bound to."""
         if not self._root.is_dir():
             logger.error("the adapters' folder is missing; is the file system mounted?")
             raise unavailable(self.name, "the adapters' folder is missing")
         return self._check_inside(adapter_id, self._root.joinpath(*segments))
 
     def _check_inside(self, adapter_id: str, path: Path) -> Path:
-        real = path.resolve(strict=True)
+        real = path.resolve()  # also of what is not there: where a link leads is refused alike, whether there is something or not
         if not real.is_relative_to(self._root.resolve()):
             log_hidden_reason(logger, adapter_id, "a symbolic link leads out of the adapters' folder")
             raise AdapterRefused(f"Adapter '{adapter_id}' leaves the adapters' folder through a symbolic link")
+        for bound in self._link_bounds(adapter_id):
+            if not real.is_relative_to(self._root.joinpath(bound).resolve()):
+                log_hidden_reason(logger, adapter_id, f"a symbolic link leads out of {bound!r}, a place of the tenants file")
+                raise AdapterRefused(f"Adapter '{adapter_id}' leaves the place of its tenant through a symbolic link")
         return real
 
     @contextmanager

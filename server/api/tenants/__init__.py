@@ -5,6 +5,7 @@
 - tokens    JSON web tokens of the issuers that the rules name
 - callers   from a request's headers to a Caller; the layer before the routes that lets nobody else through
 - access    which adapters a caller may list, call and give orders about
+- bounds    how far links in adapter folders may lead
 - limits    what is in flight, waits, and was used of a minute's tokens; `usage` shares the last over the fleet
 - tenancy   all of it, made once, kept up to date
 """

@@ -16,6 +16,7 @@ from pydantic import SecretStr
 
 from server.api.registry import Registry
 from server.api.tenants.access import Access, Places
+from server.api.tenants.bounds import LinkBounds
 from server.api.tenants.callers import Caller
 from server.api.tenants.keys import KeyRing
 from server.api.tenants.limits import LimitBook
@@ -47,6 +48,7 @@ class Tenancy:
         self._failures: dict[str, str] = {}
 
     def _take(self, rules: Rules, tokens: Tokens | None) -> None:
+        self._link_bounds = LinkBounds(rules)
         self.rules, self.tokens = rules, Tokens(rules.issuers, tokens)
         self._of_name, self._of_claim, self._of_gateway = (
             lru_cache(_MAX_REMEMBERED)(find) for find in (rules.tenant, rules.of_claim, rules.of_gateway)
@@ -72,6 +74,10 @@ class Tenancy:
     def refuses(self, reason: str) -> None:
         """See Identities."""
         self._series.refused.labels(reason=reason).inc()
+
+    def link_bounds(self, place: str) -> list[str]:
+        """Places that links of the adapter folder at `place` must not leave, by the rules as they are now. Any thread."""
+        return self._link_bounds.of(place)
 
     def access(self, caller: Caller) -> Access:
         """What the caller may, by the rules as they are now."""
