@@ -6,6 +6,7 @@ Owns the requests' meaning in HTTP; api.publishing carries orders out, api.adapt
 
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Annotated, Any
 
@@ -22,7 +23,7 @@ from server.api.schemas_adapters import AdapterList, AdapterRow, DeletedAdapter,
 from server.api.schemas_openai import OpenAIError
 from server.api.state import Api
 from server.api.stream import json_response
-from server.api.tenants.access import Access, nowhere
+from server.api.tenants.access import Access, Names, nowhere
 from server.errors import SHUTTING_DOWN, AdapterNotFound, Unavailable, ValidationFailed
 
 router = APIRouter(tags=["adapters"])
@@ -73,10 +74,15 @@ async def publish(request: Request, api: OrdersApi) -> Response:
     access = api.access(request)
     name, source_id = access.to_publish(body.name, body.owner), body.id or shown(body.name)
     access.to_read(source, source_id)
-    if body.pin:
-        access.check_pins(name)
+
+    def check(names: Names) -> None:
+        access.check_names(name, names)
+        if body.pin:
+            access.check_pins(name, names)
+
+    check(api.publisher.registry.view.names)
     with _worded(access, source, source_id):
-        await _publisher(api).publish(Order(name, source, source_id, body.api_token, body.replace, body.pin))
+        await _publisher(api).publish(Order(name, source, source_id, body.api_token, body.replace, body.pin, check))
     return _row(api, name, access)
 
 
@@ -95,7 +101,8 @@ async def load(name: str, request: Request, api: OrdersApi) -> Response:
 @router.post("/v1/adapters/{name:path}/pin", response_model=AdapterRow, responses=_ERRORS)
 async def pin(name: str, request: Request, api: OrdersApi) -> Response:
     """Bring it into memory on every server and keep it there, whatever else is asked for."""
-    return await _ordered(api, api.access(request), name, Access.to_pin, lambda kept: _publisher(api).pin(kept, True))
+    access = api.access(request)
+    return await _ordered(api, access, name, Access.to_pin, lambda kept: _publisher(api).pin(kept, True, partial(access.check_pins, kept)))
 
 
 @router.post("/v1/adapters/{name:path}/unpin", response_model=AdapterRow, responses=_ERRORS)
@@ -128,7 +135,7 @@ async def delete(
     The source is left alone."""
     access = api.access(request)
     with _worded(access, api.source(None), name):
-        await _publisher(api).delete(access.to_delete(name, release), release)
+        await _delete(api, access, name, release)
     return json_response({"id": name, "object": "adapter", "deleted": True})
 
 
@@ -141,7 +148,7 @@ async def load_lora_adapter(request: Request, api: OrdersApi) -> Response:
     name = access.to_publish(body.lora_name)
     access.to_read(source, adapter_id)
     with _worded(access, source, adapter_id):
-        await _publisher(api).publish(Order(name, source, adapter_id, replace=body.load_inplace))
+        await _publisher(api).publish(Order(name, source, adapter_id, replace=body.load_inplace, check=partial(access.check_names, name)))
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
@@ -151,7 +158,7 @@ async def unload_lora_adapter(request: Request, api: OrdersApi) -> Response:
     body = await read_body(request, UnloadLoraRequest, max_bytes=api.settings.max_body_bytes)
     access = api.access(request)
     with _worded(access, api.source(None), body.lora_name):
-        await _publisher(api).delete(access.to_delete(body.lora_name))
+        await _delete(api, access, body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
@@ -160,6 +167,12 @@ def _publisher(api: Api) -> Publisher:
     if api.admission.draining:
         raise Unavailable(SHUTTING_DOWN, retry_after_s=5.0)
     return api.publisher
+
+
+async def _delete(api: Api, access: Access, name: str, release: bool = False) -> None:
+    kept = access.to_delete(name, release)
+    check = partial(access.check_deleted, kept) if not release else lambda names: None
+    await _publisher(api).delete(kept, release, check)
 
 
 async def _ordered(

@@ -20,7 +20,7 @@ from server.api.names import shown
 from server.api.packing import AdapterPacker, Packed
 from server.api.pins import Pins
 from server.api.published import OneVersion, PublishedWeights
-from server.api.registry import NOTHING, Change, Entry, Registry, Version
+from server.api.registry import NOTHING, Change, Check, Entry, Registry, Version
 from server.api.versions import published, rolled_back, to_return_to
 from server.errors import AdapterNotFound, AdapterRefused, Conflict, ServerError, SourceUnavailable, Unavailable, ValidationFailed
 from server.sources import SourceChanged, Sources, Store, StoredAdapter
@@ -45,6 +45,7 @@ class Order:
     api_token: str | None = None
     replace: bool = True
     pin: bool | None = None
+    check: Check = lambda names: None  # as Registry.update's: whether whoever orders it may have one more
 
 
 class Publisher:
@@ -81,7 +82,7 @@ class Publisher:
             hash=packed.ref.hash, number=0, source=order.source, adapter_id=order.adapter_id, size_bytes=stored.bytes,
             published_at=int(time.time()), rank=packed.rank, base_name=packed.base_name,
         )  # fmt: skip
-        return await self._give(order.name, packed, lambda before, now: self._publish(order, version, before, now))
+        return await self._give(order.name, packed, lambda before, now: self._publish(order, version, before, now), order.check)
 
     async def roll_back(self, name: str) -> Entry:
         """The version before answers again. AdapterNotFound, Conflict: versions.to_return_to; the errors of adapters.pack."""
@@ -89,13 +90,13 @@ class Publisher:
         packed = await self._adapters.run(self.registry.default_source, lambda packer: self._pack(version.hash, name, layout, packer))
         return await self._give(name, packed, lambda before, now: rolled_back(name, before, version, now))
 
-    async def _give(self, name: str, packed: Packed, change: Change) -> Entry:
+    async def _give(self, name: str, packed: Packed, change: Change, check: Check = lambda names: None) -> Entry:
         """Load the weights, then let the name mean them by `change`."""
         ref = packed.ref
         try:
             with self._store.pinned(ref.hash), self._residency.running(ref.hash):
                 await self._residency.load(ref, LOAD_TIMEOUT_S)
-                entry = await self.registry.update(name, change)
+                entry = await self.registry.update(name, change, check)
                 if entry.version is not None and entry.version.hash == ref.hash:
                     selection = self._selection(name)
                     stamps = self.registry.stamps(selection.source, selection.ids)
@@ -111,29 +112,29 @@ class Publisher:
         await self.registry.update(name, lambda before, now: self._known(name, before, loaded=now))
         return loaded is not None
 
-    async def pin(self, name: str, wanted: bool) -> Entry:
-        """Bring it into memory on every server and keep it there, or no longer keep it."""
+    async def pin(self, name: str, wanted: bool, check: Check = lambda names: None) -> Entry:
+        """Bring it into memory on every server and keep it there, or no longer keep it. `check`: as Registry.update's."""
         if wanted:
             await self._load(name)
         else:
             await self.check_known(name)
-        return await self.registry.update(name, lambda before, now: self._known(name, before, pinned=wanted))
+        return await self.registry.update(name, lambda before, now: self._known(name, before, pinned=wanted), check)
 
     async def unload(self, name: str) -> Entry:
         """Free its memory on every server when its last request there has ended; the next request loads it again. Takes its pin."""
         await self.check_known(name)
         return await self.registry.update(name, lambda before, now: self._known(name, before, unloaded=now, pinned=False))
 
-    async def delete(self, name: str, release: bool = False) -> Entry:
+    async def delete(self, name: str, release: bool = False, check: Check = lambda names: None) -> Entry:
         """The name answers no more, and its memory is freed as by `unload`. Its source is left alone, and so is blocked an id of that name.
 
-        `release`: the registry lets go of the name; an id of that name in the default source answers then."""
+        `release`: the registry lets go of the name; an id of that name in the default source answers then. `check`: as of `pin`."""
         if not release:
             await self.check_known(name)
         elif self.registry.entry(name) == NOTHING:
             raise self._not_found(name)
         return await self.registry.update(
-            name, lambda before, now: NOTHING if release else Entry(changed=now, deleted=True, last_number=before.last_number)
+            name, lambda before, now: NOTHING if release else Entry(changed=now, deleted=True, last_number=before.last_number), check
         )
 
     async def check_known(self, name: str) -> None:

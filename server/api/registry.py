@@ -6,7 +6,7 @@ default source: one that nobody published means its id there. It does not know h
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -59,6 +59,7 @@ class Names(msgspec.Struct, frozen=True):
 
 
 Change = Callable[[Entry, int], Entry]  # the name's entry and the new generation -> what it becomes
+Check = Callable[[Mapping[str, Entry]], None]
 OnChange = Callable[[str, Entry, Entry], None]
 NOTHING = Entry()
 
@@ -96,12 +97,13 @@ class Registry:
         versions = (one for entry in self._file.read().names.values() for one in (entry.version, *entry.past))
         return {version.hash for version in versions if version is not None}
 
-    async def update(self, name: str, change: Change) -> Entry:
+    async def update(self, name: str, change: Change, check: Check = lambda names: None) -> Entry:
         """Change what a name means, for the whole fleet; it holds here when this returns. `change` may raise, and then nothing changes.
+        So may `check`, which sees all names as they are under the lock, and runs in a thread.
 
         Unavailable if the registry is busy or hangs, SourceUnavailable if its disk fails, ValidationFailed if it is full."""
         try:
-            after = await self.in_thread(lambda: self._file.update(lambda now: _changed(now, name, change), self.view.generation))
+            after = await self.in_thread(lambda: self._file.update(lambda now: _changed(now, name, change, check), self.view.generation))
         except TimeoutError:
             raise Unavailable("the registry's file system does not answer; the order may still be carried out", retry_after_s=5.0) from None
         except (OSError, ValueError) as error:
@@ -146,7 +148,8 @@ class Registry:
                 self.on_change(name, was, now)
 
 
-def _changed(now: Names, name: str, change: Change) -> Names:
+def _changed(now: Names, name: str, change: Change, check: Check) -> Names:
+    check(now.names)
     generation = now.generation + 1
     before = now.names.get(name, NOTHING)
     after = change(before, generation)

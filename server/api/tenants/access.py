@@ -5,13 +5,13 @@ what there is as for what there is not, and is worded like "not there" (`nowhere
 tenants, and for the operator, everything is allowed and names are as they are kept.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 from server.api.names import SEPARATOR, owner_of, qualified, shown
-from server.api.registry import Registry
+from server.api.registry import NOTHING, Entry, Registry
 from server.api.selection import AdapterSelection
 from server.api.tenants.callers import OPERATOR, Caller
 from server.api.tenants.rules import EVERY, TENANT_NAME, Shared, Sources, Tenant
@@ -21,6 +21,7 @@ from server.sources.base import not_found, raise_invalid
 from server.sources.ids import split_id
 
 _MAX_PLACES = 50_000
+Names = Mapping[str, Entry]
 
 
 class Places:
@@ -178,10 +179,8 @@ class Access:
             raise Forbidden("`owner` may name another tenant in the operator's orders alone")
         self._check_publisher()
         _check_name(name)
-        kept, start = qualified(self.tenant.name, name), qualified(self.tenant.name, "")
-        names = self.registry.view.names
-        if kept not in names and sum(one.startswith(start) for one in names) >= self.tenant.max_names:
-            raise Conflict(f"the tenant has {self.tenant.max_names} names, all that it may (`max_names`); delete some with `release`")
+        kept = qualified(self.tenant.name, name)
+        self.check_names(kept, self.registry.view.names)
         return kept
 
     def to_read(self, source: str, adapter_id: str) -> None:
@@ -209,32 +208,52 @@ class Access:
         return kept
 
     def to_delete(self, name: str, release: bool = False) -> str:
-        """As `to_order`. Conflict if the caller has as many ids of sources deleted as it may have names: the registry, which all tenants
-        share, keeps each of them."""
+        """As `to_order`. The Conflict of `check_deleted`."""
         kept = self.to_order(name)
-        if self.tenant is None or release or owner_of(kept) or self.registry.entry(kept).deleted:
-            return kept
-        source = self.registry.default_source
-        deleted = [one for one, entry in self.registry.view.names.items() if entry.deleted and not owner_of(one)]
-        num_own = sum(self.is_own(AdapterSelection(source, one)) for one in deleted)
-        if num_own >= self.tenant.max_names:
-            raise Conflict(f"the tenant has {num_own} ids of sources deleted, all that it may (`max_names`); let some go with `release`")
+        if not release:
+            self.check_deleted(kept, self.registry.view.names)
         return kept
 
     def to_pin(self, name: str) -> str:
         """As `to_order`. Conflict if the caller keeps as many in memory as it may."""
         kept = self.to_order(name)
-        self.check_pins(kept)
+        self.check_pins(kept, self.registry.view.names)
         return kept
 
-    def check_pins(self, kept: str) -> None:
-        """Conflict if the caller keeps as many adapters in memory as it may, this one apart."""
-        if self.tenant is None or self.registry.entry(kept).pinned:
+    # Bounds of what the registry holds for a tenant. Asked before the work of an order and again, under the registry's lock and in a
+    # thread, when the order is written: two orders at once must not both have the last place.
+
+    def check_names(self, kept: str, names: Names) -> None:
+        """Conflict if the caller has as many names as it may, this one apart."""
+        if self.tenant is None or kept in names:
             return
-        source = self.registry.default_source
-        pinned = [one for one, entry in self.registry.view.names.items() if entry.pinned and self.is_own(AdapterSelection(source, one))]
-        if len(pinned) >= self.tenant.max_pinned:
-            raise Conflict(f"the tenant keeps {len(pinned)} adapters in memory and may keep {self.tenant.max_pinned} (`max_pinned`)")
+        start = qualified(self.tenant.name, "")
+        if sum(one.startswith(start) for one in names) >= self.tenant.max_names:
+            raise Conflict(f"the tenant has {self.tenant.max_names} names, all that it may (`max_names`); delete some with `release`")
+
+    def check_deleted(self, kept: str, names: Names) -> None:
+        """Conflict if the caller has as many ids of sources deleted as it may have names, this one apart: the registry, which all tenants
+        share, keeps each of them."""
+        if self.tenant is None or owner_of(kept) or names.get(kept, NOTHING).deleted:
+            return
+        num_own = sum(entry.deleted and not owner_of(one) and self._is_named(one) for one, entry in names.items())
+        if num_own >= self.tenant.max_names:
+            raise Conflict(f"the tenant has {num_own} ids of sources deleted, all that it may (`max_names`); let some go with `release`")
+
+    def check_pins(self, kept: str, names: Names) -> None:
+        """Conflict if the caller keeps as many adapters in memory as it may, this one apart."""
+        if self.tenant is None or names.get(kept, NOTHING).pinned:
+            return
+        num_own = sum(entry.pinned and self._is_named(one) for one, entry in names.items())
+        if num_own >= self.tenant.max_pinned:
+            raise Conflict(f"the tenant keeps {num_own} adapters in memory and may keep {self.tenant.max_pinned} (`max_pinned`)")
+
+    def _is_named(self, kept: str) -> bool:
+        """Whether a name of the registry is the caller's own."""
+        try:
+            return self.is_own(AdapterSelection(self.registry.default_source, kept))
+        except ValidationFailed:  # a shared name that can be no id of the source
+            return False
 
     def _check_publisher(self) -> None:
         if self.tenant is not None and not self.tenant.publish:
