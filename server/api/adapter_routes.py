@@ -29,7 +29,7 @@ from server.errors import SHUTTING_DOWN, AdapterNotFound, Unavailable, Validatio
 router = APIRouter(tags=["adapters"])
 _ERRORS: dict[int | str, Any] = {
     **admin_responses(OpenAIError),
-    **{status: {"model": OpenAIError} for status in (400, 404, 409, 413, 415, 424, 503)},
+    **{status: {"model": OpenAIError} for status in (400, 404, 409, 413, 415, 424, 429, 503)},
 }
 _MAX_PAGE = 1000
 
@@ -81,7 +81,7 @@ async def publish(request: Request, api: OrdersApi) -> Response:
             access.check_pins(name, names)
 
     check(api.publisher.registry.view.names)
-    with _worded(access, source, source_id):
+    with api.ordering(access), _worded(access, source, source_id):
         await _publisher(api).publish(Order(name, source, source_id, body.api_token, body.replace, body.pin, check))
     return _row(api, name, access)
 
@@ -134,7 +134,7 @@ async def delete(
 
     The source is left alone."""
     access = api.access(request)
-    with _worded(access, api.source(None), name):
+    with api.ordering(access), _worded(access, api.source(None), name):
         await _delete(api, access, name, release)
     return json_response({"id": name, "object": "adapter", "deleted": True})
 
@@ -147,7 +147,7 @@ async def load_lora_adapter(request: Request, api: OrdersApi) -> Response:
     access = api.access(request)
     name = access.to_publish(body.lora_name)
     access.to_read(source, adapter_id)
-    with _worded(access, source, adapter_id):
+    with api.ordering(access), _worded(access, source, adapter_id):
         await _publisher(api).publish(Order(name, source, adapter_id, replace=body.load_inplace, check=partial(access.check_names, name)))
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
@@ -157,7 +157,7 @@ async def unload_lora_adapter(request: Request, api: OrdersApi) -> Response:
     """vLLM's name of deleting; here memory is freed as well."""
     body = await read_body(request, UnloadLoraRequest, max_bytes=api.settings.max_body_bytes)
     access = api.access(request)
-    with _worded(access, api.source(None), body.lora_name):
+    with api.ordering(access), _worded(access, api.source(None), body.lora_name):
         await _delete(api, access, body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
@@ -180,7 +180,7 @@ async def _ordered(
 ) -> Response:
     """Give an order about the name, as it is kept, and answer with its row."""
     kept = of(access, name)
-    with _worded(access, api.source(None), name):
+    with api.ordering(access), _worded(access, api.source(None), name):
         await give(kept)
     return _row(api, kept, access)
 

@@ -39,6 +39,7 @@ from server.api.source_settings import check_sources, source_options
 from server.api.state import Api
 from server.api.stream import Dialect, error_response, internal_error, native_error, openai_error
 from server.api.tenants.access import Places
+from server.api.tenants.merges import MergeBook
 from server.api.tenants.tenancy import Tenancy
 from server.api.text.template_worker import TemplateWorkers
 from server.api.tracing import Traces
@@ -77,7 +78,7 @@ def make_api(
     engine = EngineClient(each[0], metrics, **client_options) if len(each) == 1 else Engines(each, metrics, **client_options)
     traces = Traces(settings.otlp_endpoint) if settings.otlp_endpoint is not None else None
     metrics.on_end = traces or metrics.on_end
-    publisher, adapters = _adapters(settings, model, engine, metrics)
+    publisher, adapters, store = _adapters(settings, model, engine, metrics)
     places = Places(publisher.raw)
     tenancy = Tenancy(settings, publisher.registry, places, TenantSeries(metrics.registry)) if settings.tenants_file else None
     if tenancy is not None:
@@ -90,6 +91,7 @@ def make_api(
         adapters=adapters,
         publisher=publisher,
         tenancy=tenancy,
+        merges=MergeBook(tenancy.limits, store, adapters.residency) if tenancy is not None else None,
         places=places,
         status=AdapterStatus(publisher.registry, adapters),
         templates=TemplateWorkers(timeout_s=settings.template_timeout_s),
@@ -102,7 +104,7 @@ def make_api(
 
 def _adapters(
     settings: Settings, model: ServedModel, engine: EngineClient | Engines, metrics: Metrics
-) -> tuple[Publisher, AdapterResolver]:
+) -> tuple[Publisher, AdapterResolver, Store]:
     """Names, sources and store of one server, and what is told to its engine about adapters. ValueError if the registry cannot be read."""
     assert settings.store_dir is not None and settings.registry_dir is not None
     registry = Registry(settings.registry_dir, model.name, canonical_name(settings.default_adapter_source or settings.adapter_source))
@@ -125,7 +127,7 @@ def _adapters(
     engine.on_ready, engine.on_adapter = publisher.engine_ready, residency.take
     if isinstance(engine, Engines):
         engine.on_joined = publisher.engine_joined
-    return publisher, adapters
+    return publisher, adapters, store
 
 
 def engine_options(settings: Settings, model: ServedModel) -> EngineOptions:

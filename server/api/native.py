@@ -140,7 +140,7 @@ async def _prepared(request: Request, api: Api, body: GenerateRequest, record: R
             )
         with api.admitted(access, selection, parameters.best_of or 1, record) as lease:
             lease.check_output(parameters.max_new_tokens, "max_new_tokens")
-            adapter = await api.resolve(selection)
+            adapter = await api.resolve(selection, access)
             record.found(adapter)
             with api.adapters.pinned(adapter):
                 share = access.share(selection) | {"mend": api.mending(selection, adapter)}

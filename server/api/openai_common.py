@@ -99,7 +99,7 @@ async def prepared(
     record.chose(selection)
     with api.admitted(access, selection, samples * num_prompts, record) as lease:
         lease.check_output(getattr(body, "max_completion_tokens", None) or body.max_tokens, wishes.max_new_tokens_name)
-        adapter = await api.resolve(selection)
+        adapter = await api.resolve(selection, access)
         record.found(adapter)
         with api.adapters.pinned(adapter):
             prompts: Prompts = await tokenize(adapter)

@@ -8,7 +8,7 @@ import json
 import logging
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any
@@ -29,6 +29,7 @@ from server.api.shared_run import SharedRun
 from server.api.tenants.access import Access, Places, nowhere, unrestricted
 from server.api.tenants.callers import caller_of
 from server.api.tenants.limits import Lease, scopes_of
+from server.api.tenants.merges import MergeBook
 from server.api.tenants.tenancy import Tenancy
 from server.api.text.template_worker import TemplateWorkers
 from server.api.text.templates import render
@@ -56,6 +57,7 @@ class Api:
     adapters: AdapterResolver
     publisher: Publisher
     tenancy: Tenancy | None  # None: callers are not told apart
+    merges: MergeBook | None  # as tenancy
     places: Places
     status: AdapterStatus
     templates: TemplateWorkers
@@ -106,8 +108,9 @@ class Api:
         except ValidationFailed as error:
             raise ValidationFailed(f"`adapter_source`: {error.message}", param="adapter_source") from None
 
-    async def resolve(self, selection: AdapterSelection | None) -> ResolvedAdapter | None:
-        """The adapter on disk; None is the base. Unavailable until the engine has said what the base looks like."""
+    async def resolve(self, selection: AdapterSelection | None, access: Access) -> ResolvedAdapter | None:
+        """The adapter on disk; None is the base. Unavailable until the engine has said what the base looks like, LimitReached as
+        MergeBook.resolve."""
         if selection is None:
             return None
         ready = self.engine.ready
@@ -116,6 +119,8 @@ class Api:
         if selection.merge is None:  # of names alone: anybody can make up any number of merges
             self.adapters.residency.hit(selection.name_key)
         try:
+            if selection.merge is not None and self.merges is not None and access.tenant is not None:
+                return await self.merges.resolve(access.tenant, selection.name_key, partial(self.adapters.resolve, selection, ready.layout))
             return await self.adapters.resolve(selection, ready.layout)
         except AdapterNotFound:
             if self.tenancy is None:
@@ -152,6 +157,12 @@ class Api:
                 if record is not None:
                     record.lease = lease
                 yield lease
+
+    @contextmanager
+    def ordering(self, access: Access) -> Iterator[None]:
+        """A place for an order about adapters, among those of the caller. LimitReached."""
+        with self.tenancy.limits.ordering(access.tenant) if self.tenancy is not None and access.tenant is not None else nullcontext():
+            yield
 
     def mending(self, selection: AdapterSelection | None, adapter: ResolvedAdapter | None) -> Callable[[], Awaitable[bool]] | None:
         """What api.generation calls when the engine refuses the adapter's pack; see AdapterResolver.mend."""

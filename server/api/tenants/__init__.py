@@ -7,5 +7,6 @@
 - access    which adapters a caller may list, call and give orders about
 - bounds    how far links in adapter folders may lead
 - limits    what is in flight, waits, and was used of a minute's tokens; `usage` shares the last over the fleet
+- merges    which merged adapters are whose, and how many are kept
 - tenancy   all of it, made once, kept up to date
 """

@@ -1,4 +1,5 @@
-"""How much a tenant, and each adapter, may have at once: requests in flight, requests that wait, tokens a minute, the length of an answer.
+"""How much a tenant, and each adapter, may have at once: requests in flight, requests that wait, tokens a minute, the length of an answer;
+and a tenant's orders about adapters.
 
 Owns the counts of this server and the words of each refusal, which name the limit. In flight and waiting are counted here alone; the
 tokens of the last minute are the whole fleet's (`usage`). What a request may still generate is taken when it is submitted and given back
@@ -7,6 +8,7 @@ when it ends, so that a minute's tokens are never overrun by what runs. For the 
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,6 +115,7 @@ class LimitBook:
     def __init__(self, *, on_refused: Callable[[str], None] = lambda limit: None, clock: Callable[[], float] = time.monotonic) -> None:
         self.others: dict[str, int] = {}
         self._open: dict[str, set[Lease]] = {}
+        self._orders: dict[str, Counter[object]] = {}  # tenant -> what is ordered -> for how many
         self._windows: dict[str, Window] = {}
         self._on_refused, self._clock = on_refused, clock
 
@@ -138,6 +141,23 @@ class LimitBook:
                 if not self._open[scope.key]:
                     del self._open[scope.key]
             self._give_back(lease)
+
+    @contextmanager
+    def ordering(self, tenant: Tenant, what: object = None) -> Iterator[None]:
+        """Hold a place for an order about adapters; one for all that order the same, if `what` it is is said. LimitReached, naming
+        `max_orders`, if there is none."""
+        held, what = self._orders.setdefault(tenant.name, Counter()), object() if what is None else what
+        if what not in held and len(held) >= tenant.max_orders:
+            raise self._reached("max_orders", Scope(f"tenant/{tenant.name}", "the tenant", tenant.limits), tenant.max_orders, 1.0)
+        held[what] += 1
+        try:
+            yield
+        finally:
+            held[what] -= 1
+            if not held[what]:
+                del held[what]
+            if not held:
+                self._orders.pop(tenant.name, None)
 
     def _check(self, scope: Scope, num_sequences: int) -> None:
         limits, leases = scope.limits, self._open.get(scope.key, ())

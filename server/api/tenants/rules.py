@@ -23,6 +23,7 @@ _RESERVED = ("anonymous",)  # what gateways call a caller without a key
 ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
 MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e3  # what the scheduler takes
 _MAX_FILE_BYTES = 4 << 20
+_PLAIN = ("weight", "publish", "max_names", "max_pinned", "max_orders", "max_merges")  # a tenant's own, or else of [defaults]
 _Text = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 
 
@@ -79,6 +80,8 @@ class Defaults(_Section):
     publish: bool = Field(True, description="May publish, pin, unload and delete what is its own.")
     max_names: int = Field(100, ge=0, description="Names that it may have published; and ids of sources that it may have deleted.")
     max_pinned: int = Field(0, ge=0, description="Adapters that it may keep in memory.")
+    max_orders: int = Field(8, ge=1, description="Orders about adapters under way at once, and merges being made, on one server.")
+    max_merges: int = Field(32, ge=1, description="Merges kept in a server's store; beyond it the least recently used goes.")
     limits: Limits = Limits()
     sources: dict[str, tuple[_Text, ...]] = Field({}, description="As of a tenant; {tenant} in it stands for the tenant's name.")
 
@@ -96,6 +99,8 @@ class TenantRules(_Shares):
     publish: bool | None = Field(None, description="See [defaults].")
     max_names: int | None = Field(None, ge=0, description="See [defaults].")
     max_pinned: int | None = Field(None, ge=0, description="See [defaults].")
+    max_orders: int | None = Field(None, ge=1, description="See [defaults].")
+    max_merges: int | None = Field(None, ge=1, description="See [defaults].")
     gateway: tuple[_Text, ...] = Field((), description="What the gateway calls it: key ids, ARNs, client ids; its own name is always one.")
     claims: tuple[_Text, ...] = Field((), description="Values of a token's claim that mean it; its own name is always one.")
 
@@ -143,6 +148,8 @@ class Tenant(_Section):
     publish: bool
     max_names: int
     max_pinned: int
+    max_orders: int
+    max_merges: int
     limits: Limits
     rules: TenantRules
     sources: Sources  # its own; those of [shared] come beside them
@@ -199,11 +206,11 @@ class Rules(_Section):
         return None
 
     def _filled(self, name: str, rules: TenantRules) -> Tenant:
-        own = {key: value for key in ("weight", "publish", "max_names", "max_pinned") if (value := getattr(rules, key)) is not None}
+        own = {key: value for key in _PLAIN if (value := getattr(rules, key)) is not None}
         given = {source: tuple(one.replace("{tenant}", name) for one in places) for source, places in self.defaults.sources.items()}
         return Tenant(
             name=name, limits=rules.limits.over(self.defaults.limits), rules=rules, sources=given | rules.sources,
-            **self.defaults.model_dump(include={"weight", "publish", "max_names", "max_pinned"}) | own,
+            **self.defaults.model_dump(include=set(_PLAIN)) | own,
         )  # fmt: skip
 
 

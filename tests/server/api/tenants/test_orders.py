@@ -88,3 +88,47 @@ def test_the_last_deletion_is_given_once(live, world: World, monkeypatch: pytest
     gone = [name for name in names if live.api.publisher.registry.entry(name).deleted]
     assert len(gone) == 1
     assert world.ask(live, "beta", "DELETE", f"/v1/adapters/{gone[0]}?release=true").status_code == 200
+
+
+def test_orders_under_way_are_bounded(live, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By tenant, over all orders together, and given back."""
+    ruled(world, live, "max_orders = 1\n")
+    real, begun, go_on = live.api.publisher._copy, threading.Event(), threading.Event()
+
+    def slow(order, *arguments):
+        if order.name == "beta\\slow":
+            begun.set()
+            assert go_on.wait(_LONG_S)
+        return real(order, *arguments)
+
+    monkeypatch.setattr(live.api.publisher, "_copy", slow)
+    publish = {"name": "slow", "id": "beta/sql"}
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(lambda: world.ask(live, "beta", "POST", "/v1/adapters", publish, timeout=_LONG_S))
+        try:
+            assert begun.wait(_LONG_S)
+            asks = [
+                ("POST", "/v1/adapters", {"name": "other", "id": "beta/sql"}), ("POST", "/v1/adapters/beta/sql/load", None),
+                ("DELETE", "/v1/adapters/beta/sql", None), ("GET", "/v1/adapters/beta/sql", None),
+                ("POST", "/v1/load_lora_adapter", {"lora_name": "other", "lora_path": "beta/sql"}),
+                ("POST", "/v1/unload_lora_adapter", {"lora_name": "beta/sql"}),
+            ]  # fmt: skip
+            for method, path, body in asks:
+                refused = world.ask(live, "beta", method, path, body)
+                assert refused.status_code == 429 and "limit `max_orders` of the tenant is reached (1)" in refused.text, (
+                    path,
+                    refused.text,
+                )
+                assert refused.headers["x-manylora-limit"] == "max_orders" and refused.headers["retry-after"] == "1"
+                assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+            merged = {"ids": ["beta/sql", "common/pirate"], "weights": [1, 0.125]}
+            answer = world.generate(live, "beta", None, merged_adapters=merged)
+            assert answer.status_code == 429 and "`max_orders`" in answer.text
+            assert world.generate(live, "beta", "beta/sql").status_code == 200
+            assert world.ask(live, "acme", "POST", "/v1/adapters/acme/sql/load").status_code == 200
+            assert world.ask(live, "operator", "POST", "/v1/adapters/beta/sql/load").status_code == 200
+        finally:
+            go_on.set()
+        assert first.result(_LONG_S).status_code == 200
+    assert world.generate(live, "beta", None, merged_adapters=merged).status_code == 200
+    assert world.ask(live, "beta", "DELETE", "/v1/adapters/slow?release=true").status_code == 200
