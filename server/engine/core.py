@@ -38,10 +38,10 @@ class EngineCore:
     def add(self, request: EngineRequest) -> None:
         """Queue a request. One that can never run is answered with an error at the next step."""
         try:
+            if request.request_id in self.grammars or request.request_id in self.scheduler.sequences:
+                raise KeyError(request.request_id)
             if request.params.grammar is None:
                 self.scheduler.add(request)
-            elif request.request_id in self.scheduler.sequences:
-                raise KeyError(request.request_id)
             else:
                 self.grammars.add(request)
                 if request.adapter is not None:

@@ -124,7 +124,7 @@ class ArenaCarrier(Carrier):
         self._stream = torch.cuda.Stream(arena.device) if arena.device.type == "cuda" else None
 
     def read(self, ref: AdapterRef) -> ArenaHost:
-        """A pack with its descriptor. AdapterRefused if it is corrupt or was made for another base."""
+        """A pack with its descriptor. AdapterRefused if it is corrupt or was made for another base. What fails holds nothing."""
         path, memory = Path(ref.path), None
         try:
             header, _ = read_header(path)
@@ -135,10 +135,12 @@ class ArenaCarrier(Carrier):
             if run.desc is not None:
                 memory.data[: run.desc.nbytes] = torch.from_numpy(run.desc.reshape(-1)).view(torch.uint8)
             read_data(path, memoryview(memory.data[run.data_start : run.data_start + header.data_bytes].numpy()))
-        except AdapterRefused as refusal:
+        except BaseException as error:
             if memory is not None:
                 memory.release()
-            raise AdapterRefused(f"adapter '{ref.name}': {refusal.message}") from refusal
+            if isinstance(error, AdapterRefused):
+                raise AdapterRefused(f"adapter '{ref.name}': {error.message}") from error
+            raise
         return ArenaHost(header, run, memory, ref.name)
 
     @torch.inference_mode()

@@ -1,6 +1,7 @@
 """The engine divides its memory by sizing's arithmetic, and an adapter takes what sizing says."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -9,8 +10,11 @@ import torch
 from server.adapters.pack import read_header
 from server.engine.backends import Backends, choose_backends, divide, free_bytes
 from server.engine.graphs import MAX_MIXED_ROWS
+from server.errors import AdapterRefused
 from server.kernels import grouped
-from server.model.arena_adapters import lay_out
+from server.memory.slabs import HostSlabs
+from server.model import arena_adapters
+from server.model.arena_adapters import ArenaCarrier, lay_out
 from server.model.attention import ATTENTION_NAME
 from server.model.base import BaseModel
 from server.model.flashinfer import HEAD_DIMS
@@ -79,3 +83,23 @@ def test_an_adapter_takes_the_bytes_that_are_planned(rank, targets, tmp_path):
     assert ref.hash == header.hash
     planned = adapters.adapter_bytes(shape_of("llama", make_config("llama").to_dict()), rank, targets, item_bytes=4)
     assert planned == lay_out(header, base.layout, base.group_shapes, first_site).num_bytes
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), ValueError("a fault of ours"), AdapterRefused("it is damaged")])
+def test_a_pack_that_cannot_be_read_holds_no_memory(error, tmp_path, monkeypatch):
+    base, slabs = BaseModel(make_model("llama", attention=ATTENTION_NAME)), HostSlabs(pinned=False)
+    ref = pack(save_adapter(tmp_path / "adapter", "llama", seed=0), base.layout, tmp_path / "pack")
+    arena = SimpleNamespace(device=torch.device("cpu"))
+    carrier = ArenaCarrier(base.layout, base.group_shapes, base.placer, arena, None, slabs)
+
+    def fail(path, into):
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(arena_adapters, "read_data", fail)
+        with pytest.raises(type(error)):
+            carrier.read(ref)
+    assert slabs.total_bytes > 0 and all(all(slab.is_free) for slab in slabs._slabs)
+    host = carrier.read(ref)
+    assert host.bytes > 0 and not all(all(slab.is_free) for slab in slabs._slabs)
+    carrier.leave_host(host)
