@@ -4,6 +4,7 @@ about what is their own.
 Owns the requests' meaning in HTTP; api.publishing carries orders out, api.adapter_status says what is, tenants.access whose it is.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -44,21 +45,32 @@ async def list_adapters(
     """Every adapter that requests may name: published names, ids of the default source, and what was used of other sources."""
     access = api.access(request)
     of_tenant = access.tenant is not None
-    named = [one for one in api.status.names(await api.source_ids()) if access.sees(one)]
-    named = [one for one in named if after is None or _id(one, access) > after]
-    named.sort(key=lambda one: (_id(one, access), one.source))
-    page = named[:limit]
-    while len(page) < len(named) and _id(named[len(page)], access) == _id(page[-1], access):
-        page.append(named[len(page)])  # the same id in another source: `after` would pass it over
+    ids, used = await api.source_ids(), api.status.used()
+    page, has_more = await asyncio.to_thread(_page, api, access, ids, used, after, limit)  # of ten thousand
     return json_response(
         {
             "object": "list",
             "generation": None if of_tenant else api.publisher.registry.view.generation,
             "data": [api.status.row(one, access) for one in page],
-            "has_more": len(page) < len(named),
+            "has_more": has_more,
             "draining": [] if of_tenant else api.status.draining(),
         }
     )
+
+
+def _page(
+    api: Api, access: Access, ids: list[str], used: list[AdapterSelection], after: str | None, limit: int
+) -> tuple[list[AdapterSelection], bool]:
+    """Those of a page, and whether there are more. Any thread."""
+    named = [one for one in api.status.names(ids, used) if after is None or _id(one, access) > after]
+    sources = {one.source for one in named}
+    seen = {source: set(access.seen(source, (one.adapter_id for one in named if one.source == source))) for source in sources}
+    named = [one for one in named if one.adapter_id in seen[one.source]]
+    named.sort(key=lambda one: (_id(one, access), one.source))
+    page = named[:limit]
+    while len(page) < len(named) and _id(named[len(page)], access) == _id(page[-1], access):
+        page.append(named[len(page)])  # the same id in another source: `after` would pass it over
+    return page, len(page) < len(named)
 
 
 @router.post("/v1/adapters", response_model=AdapterRow, responses=_ERRORS, openapi_extra=body_docs(PublishRequest))

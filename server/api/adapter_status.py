@@ -22,12 +22,15 @@ class AdapterStatus:
     def __init__(self, registry: Registry, adapters: AdapterResolver) -> None:
         self._registry, self._adapters, self._residency = registry, adapters, adapters.residency
 
-    def names(self, ids: Iterable[str]) -> list[AdapterSelection]:
-        """What requests may name: published names, `ids` of the default source, and what this server has used of other sources."""
+    def used(self) -> list[AdapterSelection]:
+        """What this server has used, of any source."""
+        return [AdapterSelection(source, adapter_id) for (source, adapter_id, merge), _ in self._residency.uses() if merge is None]
+
+    def names(self, ids: Iterable[str], used: Iterable[AdapterSelection]) -> list[AdapterSelection]:
+        """What requests may name: published names, `ids` of the default source, and what was `used` of other sources. Any thread."""
         default = self._registry.default_source
         named = [AdapterSelection(default, name) for name in self._registry.listed(default, ids)]
         known = {selection.name_key for selection in named}
-        used = (AdapterSelection(source, adapter_id) for (source, adapter_id, merge), _ in self._residency.uses() if merge is None)
         return named + sorted((one for one in used if one.name_key not in known), key=lambda one: (one.source, one.adapter_id))
 
     def row(self, selection: AdapterSelection, access: Access) -> dict[str, Any]:

@@ -47,7 +47,12 @@ def nowhere(selection: AdapterSelection) -> AdapterNotFound:
 
 def is_below(place: str, entries: Iterable[str]) -> bool:
     """Whether a place is one of the entries or below one of them."""
-    return any(entry == EVERY or f"{place}/".startswith(f"{entry.removeprefix('s3://').strip('/')}/") for entry in entries)
+    return f"{place}/".startswith(_beginnings(entries))
+
+
+def _beginnings(entries: Iterable[str]) -> tuple[str, ...]:
+    """How a place with a slash behind it begins that is one of the entries or below one of them."""
+    return tuple("" if entry == EVERY else f"{entry.removeprefix('s3://').strip('/')}/" for entry in entries)
 
 
 @dataclass(frozen=True)
@@ -141,18 +146,30 @@ class Access:
 
     def sees(self, selection: AdapterSelection) -> bool:
         """Whether the caller may know of it; the selection's id is as it is kept."""
+        return bool(self.seen(selection.source, (selection.adapter_id,)))
+
+    def seen(self, source: str, ids: Iterable[str]) -> list[str]:
+        """Those of the ids, as they are kept, that the caller may know of. Some microseconds for each: for many, not on the event loop."""
         if self.tenant is None:
-            return True
-        kept = selection.adapter_id
-        if SEPARATOR in kept:
-            return owner_of(kept) == self.tenant.name
-        is_default = selection.source == self.registry.default_source
-        if is_default and self.registry.entry(qualified(self.tenant.name, kept)).version is not None:
-            return False  # its own of that name stands before it
-        if is_default and self.registry.entry(kept).version is not None:
-            return True
+            return list(ids)
+        own, found = qualified(self.tenant.name, ""), []
+        names = self.registry.view.names if source == self.registry.default_source else {}
+        shared = self.shared.sources if self.shared is not None else {}
+        allowed = _beginnings((*self.tenant.sources.get(source, ()), *shared.get(source, ())))
+        for kept in ids:
+            if SEPARATOR in kept:
+                is_seen = kept.startswith(own)
+            elif names.get(own + kept, NOTHING).version is not None:
+                is_seen = False  # its own of that name stands before it
+            else:
+                is_seen = names.get(kept, NOTHING).version is not None or self._is_below(source, kept, allowed)
+            if is_seen:
+                found.append(kept)
+        return found
+
+    def _is_below(self, source: str, adapter_id: str, allowed: tuple[str, ...]) -> bool:
         try:
-            return self._may_read(selection.source, kept)
+            return bool(allowed) and f"{self.places.of(source, adapter_id)}/".startswith(allowed)
         except ValidationFailed:  # the source is off, or lists what no id can name
             return False
 
