@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from server.api.names import owner_of, shown
@@ -131,7 +132,7 @@ class NamesFirst:
         if entry.version is None:
             return self._sources.get(self.name).snapshot(adapter_id, revision=revision, api_token=api_token)
         refuse_revision(self.name, revision)
-        return self._weights.snapshot(entry.version.hash, shown(adapter_id))
+        return replace(self._weights.snapshot(entry.version.hash, shown(adapter_id)), asked_id=adapter_id)
 
     def place(self, adapter_id: str) -> str:
         """See Source; of an id that is no published name."""

@@ -59,6 +59,7 @@ class Snapshot:
     revision: str | None = None  # as it was asked for
     folder: Path | None = None
     given_id: str = ""  # as the caller wrote it: messages name no bucket or prefix that the caller did not
+    asked_id: str = ""  # what its source is asked again by, where that is not `shown_id`
     hash: str | None = None  # what the bytes must be, if it is known; for folders read in place
     settled: bool = True  # False: so fresh that a further write could still get the same version; must not be remembered
 

@@ -82,7 +82,7 @@ class Store:
                 return self._once(digest, partial(self._bring, source, snapshot, digest, api_token, progress), caller)
             except SourceChanged as error:
                 changed = error
-                snapshot = source.snapshot(snapshot.shown_id, revision=snapshot.revision, api_token=api_token)
+                snapshot = source.snapshot(snapshot.asked_id or snapshot.shown_id, revision=snapshot.revision, api_token=api_token)
         raise changed
 
     def verify(self, stored: StoredAdapter) -> bool:

@@ -218,3 +218,19 @@ async def test_a_change_of_a_remote_name_is_not_held_up_by_what_is_remembered(tm
         assert (await resolver.resolve(x, base)).ref.hash == hashes[1]  # though it failed a moment ago
     finally:
         resolver.close()
+
+
+async def test_weights_that_were_touched_are_read_again_by_the_name_as_it_is_kept(tmp_path: Path) -> None:
+    """A tenant's name, which messages show without the tenant, never turns into the shared one of the same name."""
+    registry, weights = make(tmp_path / "registry"), PublishedWeights(tmp_path / "registry")
+    raw, store = Sources(SourceOptions(adapters_dir=tmp_path / "adapters")), Store(tmp_path / "store")
+    for seed, name in enumerate(("sql", "acme\\sql")):
+        write_adapter(tmp_path / f"adapters/{seed}", seed=seed)
+        stored = store.materialize(raw.get("local"), raw.get("local").snapshot(str(seed)))
+        weights.keep(stored)
+        version = Version(hash=stored.hash, number=1, source="local", adapter_id=str(seed), size_bytes=1, published_at=0, rank=2)
+        await registry.update(name, lambda before, now, version=version: Entry(changed=now, version=version))
+    requests = NamedSources(raw, registry, weights).get("local")
+    snapshot = requests.snapshot("acme\\sql")
+    os.utime(tmp_path / "registry/objects" / stored.hash / "adapter_model.safetensors")  # as a restored backup: the same bytes
+    assert snapshot.shown_id == "sql" and store.materialize(requests, snapshot).hash == stored.hash
