@@ -34,6 +34,9 @@ def test_a_repository_that_moved_to_a_foreign_owner_is_not_followed(hub: HubWorl
         HubSource(hub.options()).snapshot("team/sql")
 
 
+@pytest.mark.parity(
+    "2", "a hub repository that moved, or in other case", "refused", "with its name: a limit or a deletion holds for an adapter's one name"
+)
 def test_a_repository_is_asked_for_by_its_own_name(hub: HubWorld) -> None:
     """A limit or a deletion of one name must not be passed by another: one it had before, or one in other case, which the hub takes."""
     hub.hub.commit("team/sql", adapter_files())
