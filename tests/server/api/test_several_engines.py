@@ -205,7 +205,7 @@ def test_a_version_that_was_replaced_is_freed_though_another_engine_started_mean
     order(two, "adapters", {"name": "moving", "id": "moving"})
     first = ask(two, "moving")
     home = devices(two, "Submit", adapter=adapter_of(two, first))[0]
-    two.control(step_s=0.03)
+    two.control(step_s=0.3)  # it runs for 18 s unless it is told otherwise: longer than an engine takes to start
     body = {"inputs": PROMPT, "parameters": {"adapter_id": "moving", "max_new_tokens": 60}}
     with ThreadPoolExecutor(1) as pool:
         num_submitted = len(two.seen("Submit"))
