@@ -198,6 +198,8 @@ def make_app(api: Api) -> FastAPI:
                 following.cancel()
                 await api.tenancy.close()
             await api.publisher.close()
+            if api.merges is not None:
+                api.merges.close()
             await api.engine.stop()
             await api.templates.close()
             api.adapters.close()

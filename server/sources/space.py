@@ -20,6 +20,7 @@ from server.sources.disk import Staging
 logger = logging.getLogger(__name__)
 
 _SLACK_BYTES = 1 << 20  # of the disk: for folders, index and locks
+MIN_IDLE_S = 60.0  # what was used within it another server may be about to open
 _RECOUNT_S = 300.0  # other servers on the same folder add and remove too
 
 
@@ -83,6 +84,16 @@ class Space:
             self._evict(sorted(self._count()), size_bytes)
         if not self._fits(size_bytes):
             logger.warning("adapter store: there is no room for %d bytes beside the %d in use", size_bytes, self._used_bytes)
+
+    def discard(self, path: Path, idle_s: float) -> bool:
+        """Take an entry away unless any server used it within `idle_s`; whether it is gone."""
+        try:
+            is_idle = abs(time.time() - path.stat().st_mtime) >= idle_s
+        except FileNotFoundError:
+            return True
+        if is_idle:
+            self._staging.take_away(path)
+        return is_idle
 
     def _fits(self, size_bytes: int) -> bool:
         with self._lock:

@@ -27,7 +27,7 @@ from server.sources.base import Progress, Snapshot, Source, SourceChanged
 from server.sources.content import hash_adapter, stat_signature
 from server.sources.disk import LEFTOVER_S, Staging, explain_disk_errors, publish_file, publish_folder
 from server.sources.flight import SingleFlight, file_lock
-from server.sources.space import Space, mark_used
+from server.sources.space import MIN_IDLE_S, Space, mark_used
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class StoredAdapter:
 class Store:
     """A folder of adapters, bounded in size."""
 
-    def __init__(self, root: Path, max_bytes: int | None = None, *, lock_wait_s: float = 600.0, min_idle_s: float = 60.0) -> None:
+    def __init__(self, root: Path, max_bytes: int | None = None, *, lock_wait_s: float = 600.0, min_idle_s: float = MIN_IDLE_S) -> None:
         self._objects, self._packs, self._index = root / "objects", root / "packs", root / "index"
         self._locks = root / "locks"
         for folder in (self._objects, self._packs, self._index, self._locks, root / "staging"):
@@ -125,13 +125,13 @@ class Store:
             self._once(path.name, partial(self._write_pack, path, writer, of), reader)
         return path
 
-    def discard_packs(self, adapter_hash: str, *, damaged: bool = False) -> None:
-        """Remove an adapter's packs, unless they are pinned. `damaged`: also then, nobody can use them."""
+    def discard_packs(self, adapter_hash: str, *, damaged: bool = False, idle_s: float = 0.0) -> bool:
+        """Remove an adapter's packs, unless they are pinned or were used within `idle_s`; whether none is left. `damaged`: also when
+        pinned, nobody can use them."""
         if self.is_pinned(adapter_hash) and not damaged:
-            return
+            return False
         with explain_disk_errors():
-            for path in self._packs.glob(f"{adapter_hash}-*.pack"):
-                self._staging.take_away(path)
+            return all([self._space.discard(path, idle_s) for path in self._packs.glob(f"{adapter_hash}-*.pack")])
 
     def pin(self, adapter_hash: str) -> None:
         """Keep this adapter's files and packs, against this process's evictions."""

@@ -1,5 +1,6 @@
 """The store's packs, and what goes when it holds too much."""
 
+import os
 import time
 from pathlib import Path
 
@@ -32,6 +33,23 @@ def test_packs_are_written_once(source: ToySource, tmp_path: Path) -> None:
     assert num_written == 1
     store.publish_pack(adapter_hash, "other", write(b"x"))
     store.discard_packs(adapter_hash)
+    assert names(tmp_path / "packs") == []
+    assert_clean(tmp_path)
+
+
+def test_packs_that_any_server_used_of_late_are_not_discarded(tmp_path: Path) -> None:
+    """The servers on a shared folder know of each other's uses by the mark on the file alone."""
+    store, other, adapter_hash = Store(tmp_path), Store(tmp_path), "a" * 64
+    path, second = (store.publish_pack(adapter_hash, key, write(b"x")) for key in ("base", "other"))
+    for one in (path, second):
+        os.utime(one, (time.time() - 600, time.time() - 600))
+    with other.pinned(adapter_hash):
+        assert not other.discard_packs(adapter_hash, idle_s=60) and path.exists()
+    other.publish_pack(adapter_hash, "base", write(b"x"))
+    assert not store.discard_packs(adapter_hash, idle_s=60)
+    assert path.exists() and not second.exists()
+    os.utime(path, (time.time() - 600, time.time() - 600))
+    assert store.discard_packs(adapter_hash, idle_s=60) and store.discard_packs(adapter_hash, idle_s=60)
     assert names(tmp_path / "packs") == []
     assert_clean(tmp_path)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 
@@ -16,15 +17,23 @@ from tests.server.api.tenants.world import RULES, World
 
 
 class Store:
+    """`pinned` by requests of this server, `used` just now by another one."""
+
     def __init__(self) -> None:
         self.discarded: list[str] = []
         self.pinned: set[str] = set()
+        self.used: set[str] = set()
+        self.num_tried = 0
 
     def is_pinned(self, adapter_hash: str) -> bool:
         return adapter_hash in self.pinned
 
-    def discard_packs(self, adapter_hash: str) -> None:
+    def discard_packs(self, adapter_hash: str, *, idle_s: float) -> bool:
+        self.num_tried += 1
+        if adapter_hash in self.pinned or (idle_s and adapter_hash in self.used):
+            return False
         self.discarded.append(adapter_hash)
+        return True
 
 
 class Residency:
@@ -57,7 +66,7 @@ def store() -> Store:
 
 @pytest.fixture
 def book(store: Store) -> MergeBook:
-    return MergeBook(LimitBook(), store, Residency())
+    return MergeBook(LimitBook(), store, Residency(), idle_s=0.01)
 
 
 def key(weight: float):
@@ -76,8 +85,12 @@ async def merge(book: MergeBook, tenant: Tenant, weight: float, name: str | None
 
 
 async def settled(book: MergeBook) -> None:
+    await until(lambda: not book._tasks and not book._leaving)
+
+
+async def until(is_so: Callable[[], bool]) -> None:
     async with asyncio.timeout(30):
-        while book._tasks:
+        while not is_so():
             await asyncio.sleep(0.005)
 
 
@@ -126,6 +139,55 @@ async def test_a_merge_of_replaced_adapters_takes_the_place_of_the_old_one(book:
     assert store.discarded == ["hash-1"] and book._num_tenants == Counter({"new": 1})
 
 
+async def test_a_replaced_merge_goes_when_its_last_request_has_ended(book: MergeBook, store: Store, acme: Tenant) -> None:
+    await merge(book, acme, 1)
+    store.pinned = {"hash-1"}
+    await merge(book, acme, 1, "new")
+    await until(lambda: store.num_tried > 1)
+    assert store.discarded == [] and list(book._leaving) == ["hash-1"]
+    store.pinned = set()
+    await settled(book)
+    assert store.discarded == ["hash-1"]
+
+
+async def test_a_pack_that_another_server_uses_stays(book: MergeBook, store: Store, acme: Tenant) -> None:
+    store.used = {"hash-1"}
+    for weight in (1, 2, 3, 4):
+        await merge(book, acme, weight)
+    await until(lambda: store.num_tried > 3)
+    assert store.discarded == ["hash-2"]  # one that nobody uses waits for none
+    store.used = set()
+    await settled(book)
+    assert store.discarded == ["hash-2", "hash-1"]
+
+
+async def test_what_is_asked_for_again_before_it_goes_stays(book: MergeBook, store: Store, acme: Tenant, beta: Tenant) -> None:
+    """By whom it was, by another tenant, or under way at the moment."""
+    book.idle_s = 2.0
+    go_on = asyncio.Event()
+
+    async def slow() -> ResolvedAdapter:
+        await go_on.wait()
+        return found("hash-3")
+
+    for weight in (1, 2, 3, 4, 5):  # 1, 2 and 3 leave
+        await merge(book, acme, weight)
+    assert list(book._leaving) == ["hash-1", "hash-2", "hash-3"] and store.num_tried == 0
+    await merge(book, beta, 2)
+    asked = asyncio.create_task(book.resolve(beta, key(3), slow))
+    before = book._leaving["hash-3"]
+    await until(lambda: book._leaving["hash-3"] != before)  # its turn came, and it was under way
+    assert store.discarded == ["hash-1"] and list(book._leaving) == ["hash-3"]
+    go_on.set()
+    await asked
+    await settled(book)
+    assert store.discarded == ["hash-1"] and list(book._kept["beta"].values()) == ["hash-2", "hash-3"]
+    book.idle_s = 600.0
+    await merge(book, acme, 6)
+    book.close()
+    await until(book._discarding.done)
+
+
 async def test_merges_that_are_made_take_places_of_orders(book: MergeBook, acme: Tenant, beta: Tenant) -> None:
     """Also when whoever asked for them has left; one place however many ask for the same, none for what is known."""
     go_on = asyncio.Event()
@@ -162,6 +224,7 @@ def test_over_http(live, world: World) -> None:
     world.write(RULES + "max_merges = 2\n")  # beta's
     world.settle(live)
     packs = live.folder / "store" / "packs"
+    live.api.merges.idle_s = 0.5
 
     def ask(tenant: str, weight: float) -> str:
         merged = {"ids": [f"{tenant}/sql", "common/pirate"], "weights": [1, weight]}
