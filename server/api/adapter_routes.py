@@ -4,7 +4,6 @@ about what is their own.
 Owns the requests' meaning in HTTP; api.publishing carries orders out, api.adapter_status says what is, tenants.access whose it is.
 """
 
-import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -46,7 +45,7 @@ async def list_adapters(
     access = api.access(request)
     of_tenant = access.tenant is not None
     ids, used = await api.source_ids(), api.status.used()
-    page, has_more = await asyncio.to_thread(_page, api, access, ids, used, after, limit)  # of ten thousand
+    page, has_more = await api.listed(partial(_page, api, access, ids, used, after, limit))  # of ten thousand
     return json_response(
         {
             "object": "list",

@@ -203,6 +203,7 @@ def make_app(api: Api) -> FastAPI:
             await api.engine.stop()
             await api.templates.close()
             api.adapters.close()
+            api.list_thread.shutdown(wait=False, cancel_futures=True)
             if api.traces is not None:
                 await api.traces.close()
 

@@ -8,10 +8,11 @@ import json
 import logging
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 
@@ -43,6 +44,8 @@ from server.types import SamplingParams
 
 log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 _MAX_LOGGED_CHARS = 20_000
 _INLINE_CHARS = 4096  # a longer text is tokenized in a thread
 
@@ -66,6 +69,7 @@ class Api:
     traces: Traces | None
     started_at: int  # seconds since 1970
     startup_probe: SharedRun = field(init=False)
+    list_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="adapter-lists"))
     server_id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])  # tells the servers of a fleet apart
 
     def __post_init__(self) -> None:
@@ -178,6 +182,10 @@ class Api:
         except ServerError as error:
             log.warning("the adapters cannot be listed: %s", error.message)
             return []
+
+    async def listed(self, work: Callable[[], Result]) -> Result:
+        """What looks at all adapters, one at a time and in a thread of its own: however many poll, prompts wait for none of it."""
+        return await asyncio.get_running_loop().run_in_executor(self.list_thread, work)
 
     def tokenizer(self, adapter: ResolvedAdapter | None) -> Tokenizer:
         """Of the adapter, or of the base."""

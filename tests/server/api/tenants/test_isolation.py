@@ -282,9 +282,9 @@ def test_a_tenant_rolls_back_its_own_names_and_sees_no_numbers_of_all(live, worl
 
 
 def test_lists_are_made_beside_the_event_loop(live, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To look at ten thousand ids takes tenths of a second, in which nothing else would be answered."""
+    """To look at ten thousand ids takes tenths of a second, in which nothing else would be answered; prompts wait for other threads."""
     threads, real = [], Access.seen
     monkeypatch.setattr(Access, "seen", lambda *asked: threads.append(threading.current_thread().name) or real(*asked))
-    for path in ("/v1/models", "/v1/models/acme/sql", "/v1/adapters"):
+    for path in ("/v1/models", "/v1/adapters"):
         assert world.ask(live, "acme", "GET", path).status_code == 200
-    assert len(threads) >= 3 and "live server" not in threads
+    assert sum(one.startswith("adapter-lists") for one in threads) >= 2 and "live server" not in threads
