@@ -107,7 +107,7 @@ class AdapterResolver:
             self.residency.unload(selection.name_key)
             raise
         except asyncio.CancelledError:
-            if flight.task.cancelled() and flight.num_waiting > 0 and not _is_cancelled():
+            if flight.was_dropped():
                 raise Unavailable(SHUTTING_DOWN, retry_after_s=5.0) from None  # `close` dropped what waited
             raise
         finally:
@@ -261,6 +261,11 @@ class AdapterResolver:
         named = len(selection.name_key)
         return any(key[:named] == selection.name_key for key in self._flights)
 
+    async def has_merge(self, selection: AdapterSelection, layout: BaseLayout) -> bool:
+        """Whether a merge of what the source holds now is on disk already. The errors of Source."""
+        source = canonical_name(selection.source)
+        return await self.run(source, lambda packer: packer.has_merge(selection, self._ask(source, selection), layout))
+
     async def run(self, source: str, work: Callable[[AdapterPacker], Result]) -> Result:
         """Whatever takes as long as a fetch, in a thread of those that fetch from the source. SourceUnavailable if it takes too long."""
         source = canonical_name(source)
@@ -292,9 +297,3 @@ class AdapterResolver:
     def close(self) -> None:
         """Take no more work; running fetches are left to end with the process."""
         self._threads.close()
-
-
-def _is_cancelled() -> bool:
-    """Whether it is this task that is being cancelled, not what it waits for."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0

@@ -52,6 +52,11 @@ class Flight:
         self.was_asked = False  # it has begun to ask the source
         self.num_waiting = 0
 
+    def was_dropped(self) -> bool:
+        """Whether nobody let it finish, and not whoever waits for it now is being cancelled."""
+        task = asyncio.current_task()
+        return self.task.cancelled() and self.num_waiting > 0 and (task is None or task.cancelling() == 0)
+
 
 class KnownAdapters:
     """The adapters that were used last."""

@@ -19,7 +19,9 @@ from server.api.selection import AdapterSelection, Merge
 from server.api.text.tokenizer import Tokenizer
 from server.errors import AdapterRefused, SourceUnavailable
 from server.sources import Snapshot, Source, SourceChanged, Store, StoredAdapter
+from server.sources.disk import explain_disk_errors
 from server.sources.selection import CONFIG_NAME
+from server.sources.space import mark_used
 from server.types import AdapterRef, BaseLayout
 
 log = logging.getLogger(__name__)
@@ -73,6 +75,15 @@ class AdapterPacker:
 
         one, own = self._healed(source, stored[0], selection.api_token, load)
         return Packed(refs[0], (one.snapshot,), header.max_rank, own, _base_name(one), bool(written))
+
+    def has_merge(self, selection: AdapterSelection, snapshots: Sequence[Snapshot], layout: BaseLayout) -> bool:
+        """Whether the store has a merge already, of these versions; nothing is fetched or made."""
+        with explain_disk_errors():
+            stored = [found for snapshot in snapshots if (found := self._store.find(snapshot)) is not None]
+            if selection.merge is None or len(stored) < len(snapshots):
+                return False
+            hash = _hash_of(selection.merge, [one.hash for one in stored])
+            return mark_used(self._store.pack_path(hash, _pack_key(layout)))
 
     def _healed(
         self, source: Source, stored: StoredAdapter, api_token: str | None, work: Callable[[StoredAdapter], Result]
@@ -129,13 +140,12 @@ class AdapterPacker:
 
     def _merge(self, merge: Merge, refs: list[AdapterRef], layout: BaseLayout, written: list[str]) -> AdapterRef:
         """The merged pack, under the hash of all that goes into it. Its random masks come of that hash, so the seed is always 0."""
-        options = (merge.strategy, merge.density, merge.majority_sign_method, 0)
-        hash = merge_hash([(ref.hash, weight) for ref, weight in zip(refs, merge.weights, strict=True)], *options)
+        hash = _hash_of(merge, [ref.hash for ref in refs])
         inputs = [(Path(ref.path), weight) for ref, weight in zip(refs, merge.weights, strict=True)]
 
         def write(out: Path) -> None:
             written.append(hash)
-            merge_packs(inputs, *options, self._max_merged_rank, out)
+            merge_packs(inputs, *_options(merge), self._max_merged_rank, out)
 
         path = self._store.publish_pack(hash, _pack_key(layout), write)
         return AdapterRef(hash, str(path), hash[:12] if self._name_by_hash else "+".join(merge.ids))
@@ -157,6 +167,14 @@ def _base_name(stored: StoredAdapter) -> str | None:
     except (OSError, ValueError):  # replaced since: the pack is of what was read before
         return None
     return name[:200] if isinstance(name, str) else None
+
+
+def _options(merge: Merge) -> tuple[str, float, str, int]:
+    return merge.strategy, merge.density, merge.majority_sign_method, 0
+
+
+def _hash_of(merge: Merge, hashes: Sequence[str]) -> str:
+    return merge_hash(list(zip(hashes, merge.weights, strict=True)), *_options(merge))
 
 
 def _pack_key(layout: BaseLayout) -> str:

@@ -76,7 +76,7 @@ class Store:
         for _ in range(_NUM_ATTEMPTS):
             digest = _digest(snapshot)
             with explain_disk_errors():
-                if found := self._find(snapshot, digest):
+                if found := self.find(snapshot):
                     return found
             try:
                 return self._once(digest, partial(self._bring, source, snapshot, digest, api_token, progress), caller)
@@ -164,7 +164,7 @@ class Store:
         return self._flights.run((name, key), locked)
 
     def _bring(self, source: Source, snapshot: Snapshot, digest: str, api_token: str | None, progress: Progress | None) -> StoredAdapter:
-        if found := self._find(snapshot, digest):  # fetched by another process while we waited for the lock
+        if found := self.find(snapshot):  # fetched by another process while we waited for the lock
             return found
         if snapshot.folder is not None:
             stored = _hash_in_place(snapshot, snapshot.folder)
@@ -204,11 +204,11 @@ class Store:
             publish_file(folder / path.name, path)
         self._space.add(path.stat().st_size)
 
-    def _find(self, snapshot: Snapshot, digest: str) -> StoredAdapter | None:
-        """What the index knows, if it is still there."""
+    def find(self, snapshot: Snapshot) -> StoredAdapter | None:
+        """What the index knows, if it is still there. Its files are not looked at."""
         if not snapshot.settled:
             return None
-        entry = self._index / f"{digest}.json"
+        entry = self._index / f"{_digest(snapshot)}.json"
         try:
             known = json.loads(entry.read_bytes())
             adapter_hash, size_bytes = known["hash"], known["bytes"]

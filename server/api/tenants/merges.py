@@ -40,20 +40,38 @@ class MergeBook:
         self._num_tenants: Counter[str] = Counter()  # hash -> tenants' merges that it is
         self._num_asked: Counter[NameKey] = Counter()  # merges that are being resolved
         self._tasks: set[asyncio.Future[Any]] = set()
+        self._looks: dict[NameKey, asyncio.Task[bool]] = {}  # whether merges are on disk
         self._leaving: dict[str, _Leaving] = {}  # by hash: no tenant's merge any more; the next to go first
         self._discarding: asyncio.Task[None] | None = None  # while anything leaves
 
-    async def resolve(self, tenant: Tenant, key: NameKey, work: Callable[[], Awaitable[ResolvedAdapter]]) -> ResolvedAdapter:
+    async def resolve(
+        self, tenant: Tenant, key: NameKey, work: Callable[[], Awaitable[ResolvedAdapter]], is_made: Callable[[], Awaitable[bool]]
+    ) -> ResolvedAdapter:
         """The result of `work`, which goes on when this caller leaves. LimitReached if the merge is to be made and the tenant has as many
-        orders under way as it may."""
+        orders under way as it may. `is_made`: whether `work` finds it on disk; asked of what the tenant has not used since the start."""
         held = ExitStack()
-        if key not in self._kept.get(tenant.name, ()):
+        if key not in self._kept.get(tenant.name, ()) and not await self._is_made(key, is_made):
             held.enter_context(self._limits.ordering(tenant, key))
         task = asyncio.ensure_future(work())
         self._num_asked[key] += 1
         self._tasks.add(task)
         task.add_done_callback(lambda done: self._land(tenant, key, held, done))
         return await asyncio.shield(task)
+
+    async def _is_made(self, key: NameKey, ask: Callable[[], Awaitable[bool]]) -> bool:
+        """The answer of `ask`, once however many want it; False if it fails, since `work` will say why."""
+
+        async def asked() -> bool:
+            try:
+                return await ask()
+            except ServerError:
+                return False
+            finally:
+                del self._looks[key]
+
+        if key not in self._looks:
+            self._looks[key] = asyncio.ensure_future(asked())
+        return await asyncio.shield(self._looks[key])
 
     def close(self) -> None:
         """Discard no more: what leaves goes by the store's size."""

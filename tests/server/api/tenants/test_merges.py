@@ -3,9 +3,11 @@
 import asyncio
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import pytest
 
+from server.api.known import KnownAdapters
 from server.api.selection import AdapterSelection, Merge, ResolvedAdapter
 from server.api.tenants.limits import LimitBook
 from server.api.tenants.merges import MergeBook
@@ -81,7 +83,11 @@ async def merge(book: MergeBook, tenant: Tenant, weight: float, name: str | None
     async def work() -> ResolvedAdapter:
         return found(name or f"hash-{weight:g}")
 
-    await book.resolve(tenant, key(weight), work)
+    await book.resolve(tenant, key(weight), work, no)
+
+
+async def no() -> bool:
+    return False
 
 
 async def settled(book: MergeBook) -> None:
@@ -174,7 +180,7 @@ async def test_what_is_asked_for_again_before_it_goes_stays(book: MergeBook, sto
         await merge(book, acme, weight)
     assert list(book._leaving) == ["hash-1", "hash-2", "hash-3"] and store.num_tried == 0
     await merge(book, beta, 2)
-    asked = asyncio.create_task(book.resolve(beta, key(3), slow))
+    asked = asyncio.create_task(book.resolve(beta, key(3), slow, no))
     before = book._leaving["hash-3"]
     await until(lambda: book._leaving["hash-3"] != before)  # its turn came, and it was under way
     assert store.discarded == ["hash-1"] and list(book._leaving) == ["hash-3"]
@@ -201,9 +207,9 @@ async def test_merges_that_are_made_take_places_of_orders(book: MergeBook, acme:
         raise AdapterRefused("no")
 
     await merge(book, acme, 9)
-    same = [asyncio.create_task(book.resolve(acme, key(1), slow)) for _ in range(5)]
-    gone = asyncio.create_task(book.resolve(acme, key(2), failing))
-    await asyncio.sleep(0)
+    same = [asyncio.create_task(book.resolve(acme, key(1), slow, no)) for _ in range(5)]
+    gone = asyncio.create_task(book.resolve(acme, key(2), failing, no))
+    await until(lambda: len(book._limits._orders.get("acme", ())) == 2)
     gone.cancel()
     with pytest.raises(asyncio.CancelledError):
         await gone
@@ -217,6 +223,36 @@ async def test_merges_that_are_made_take_places_of_orders(book: MergeBook, acme:
     await settled(book)
     await merge(book, acme, 3)
     assert not book._limits._orders and not book._num_asked
+
+
+async def test_merges_that_are_on_disk_take_no_place(book: MergeBook, acme: Tenant) -> None:
+    """Of an earlier run of the server; whether they are is looked up once for all that ask. Who cannot tell takes a place."""
+    num_looks, go_on = 0, asyncio.Event()
+
+    async def yes() -> bool:
+        nonlocal num_looks
+        num_looks += 1
+        await go_on.wait()
+        return True
+
+    async def failing() -> bool:
+        raise AdapterRefused("no")
+
+    async def work() -> ResolvedAdapter:
+        return found("made")
+
+    with book._limits.ordering(acme), book._limits.ordering(acme):
+        asked = [asyncio.create_task(book.resolve(acme, key(1), work, yes)) for _ in range(5)]
+        await until(lambda: num_looks > 0)
+        asked[0].cancel()
+        go_on.set()
+        results = await asyncio.gather(*asked, return_exceptions=True)
+        assert isinstance(results[0], asyncio.CancelledError) and {one.ref.hash for one in results[1:]} == {"made"}
+        assert num_looks == 1 and not book._looks
+        for look in (no, failing):
+            with pytest.raises(LimitReached, match="max_orders"):
+                await book.resolve(acme, key(2), work, look)
+    await settled(book)
 
 
 def test_over_http(live, world: World) -> None:
@@ -239,3 +275,12 @@ def test_over_http(live, world: World) -> None:
     wait_for(lambda: len(set(packs.iterdir()) - before) <= 2, 60)
     assert ask("acme", 0.25) != "source" and ask("beta", 1.6) != "source"
     assert ask("beta", 0.5) == "source"  # made again
+    live.api.merges._kept.clear()  # as after a restart
+    live.api.adapters._known = KnownAdapters()
+    beta = live.api.tenancy.rules.tenant("beta")
+    with ExitStack() as orders:
+        for _ in range(beta.max_orders):
+            orders.enter_context(live.api.tenancy.limits.ordering(beta))
+        assert ask("beta", 0.5) != "source"
+        merged = {"ids": ["beta/sql", "common/pirate"], "weights": [1, 7]}
+        assert world.generate(live, "beta", None, merged_adapters=merged).status_code == 429
