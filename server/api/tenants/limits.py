@@ -43,11 +43,10 @@ def scopes_of(
         assert selection is not None
         name = shown(kept)
         key = f"adapter/{tenant.name}/{selection.source}/{kept}"
-        found.append(Scope(key, f"adapter '{name[:256]}'", tenant.rules.limits_of(name, spelling)))
+        found.append(Scope(key, f"adapter '{name[:256]}'", tenant.rules.limits_of(name, selection.source, spelling)))
         if kept in shared_ids:
-            found.append(
-                Scope(f"shared/{selection.source}/{kept}", f"adapter '{name[:256]}' for all tenants", shared.limits_of(name, spelling))
-            )
+            limits = shared.limits_of(name, selection.source, spelling)
+            found.append(Scope(f"shared/{selection.source}/{kept}", f"adapter '{name[:256]}' for all tenants", limits))
     return [scope for scope in found if scope.limits != Limits()]
 
 

@@ -9,6 +9,7 @@ import hashlib
 import re
 import tomllib
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -67,10 +68,19 @@ class _Shares(_Section):
         _check_sources(self.sources)
         return self
 
-    def limits_of(self, adapter: str, spelling: Spelling = str) -> Limits:
-        """The limits of an adapter by the name that the tenant gives it. `spelling`: how an id is kept, however the file writes it."""
-        named = (limits for key, limits in self.adapters.items() if key != EVERY and spelling(key) == adapter)
-        return self.adapters.get(adapter) or next(named, None) or self.adapters.get(EVERY) or Limits()
+    def limits_of(self, adapter: str, source: str = "", spelling: Spelling = str) -> Limits:
+        """The limits of an adapter by the name that the tenant gives it. `spelling`: how an id of the source is kept, however the file
+        writes it; one for each source, asked once for each key of the file."""
+        spelled = self._spelled.get(source)
+        if spelled is None:  # of two keys that are one id the first counts
+            keys = [key for key in reversed(self.adapters) if key != EVERY]
+            spelled = self._spelled[source] = {spelling(key): self.adapters[key] for key in keys}
+        return self.adapters.get(adapter) or spelled.get(adapter) or self.adapters.get(EVERY) or Limits()
+
+    @cached_property
+    def _spelled(self) -> dict[str, dict[str, Limits]]:
+        """`adapters` by ids as each source keeps them."""
+        return {}
 
 
 class Defaults(_Section):

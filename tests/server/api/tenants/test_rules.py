@@ -89,6 +89,25 @@ def test_what_a_tenant_does_not_say_comes_from_the_defaults() -> None:
     assert beta.weight == 0.5 and not beta.publish and beta.sources["s3"] == ("models/beta",)
 
 
+def test_each_key_of_adapters_is_spelled_once() -> None:
+    """A source that takes microseconds to spell an id is not asked about a thousand keys for each request."""
+    asked: list[str] = []
+
+    def spelling(key: str) -> str:
+        asked.append(key)
+        return key.strip("/")
+
+    lines = "".join(f'"{key}" = {{ queue_length = {most} }}\n' for key, most in (("a/", 1), ("/a", 2), ("b", 3), ("*", 4)))
+    text = f"[tenants.acme.adapters]\n{lines}"
+    found, same = rules(text), rules(text)
+    acme = found.tenant("acme").rules
+    for _ in range(3):
+        assert [acme.limits_of(one, "s3", spelling).queue_length for one in ("a", "/a", "b", "c")] == [1, 2, 3, 4]
+    assert sorted(asked) == ["/a", "a/", "b"]
+    assert acme.limits_of("a", "local", str).queue_length == 4  # each source has its own spelling
+    assert found == same  # what is remembered is no part of the rules
+
+
 def test_whom_the_gateway_and_claims_mean() -> None:
     text = '[tenants.acme]\ngateway = ["k1", "arn:aws:iam::1:role/a"]\nclaims = ["Acme Ltd."]\n[tenants.beta]\n'
     closed, each = rules(text), rules('[gateway]\nothers = "each"\n[defaults]\nsources = { local = ["{tenant}"] }\n' + text)
