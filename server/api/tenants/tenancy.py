@@ -41,14 +41,14 @@ class Tenancy:
         self.gateway_key: SecretStr | None = settings.gateway_key
         self._path, self._registry, self._places, self._series = settings.tenants_file, registry, places, series
         self._seen = _facts(self._path)
-        self._take(read_rules(self._path), None)
+        self._take(*_read(self._path), None)
         self.keys = KeyRing(settings.registry_dir)
         self._usage = FleetUsage(settings.registry_dir / "usage", uuid.uuid4().hex)
         self.limits = LimitBook(on_refused=lambda limit: series.limited.labels(limit=limit).inc())
         self._failures: dict[str, str] = {}
 
-    def _take(self, rules: Rules, tokens: Tokens | None) -> None:
-        self._link_bounds = LinkBounds(rules)
+    def _take(self, rules: Rules, link_bounds: LinkBounds, tokens: Tokens | None) -> None:
+        self._link_bounds = link_bounds
         self.rules, self.tokens = rules, Tokens(rules.issuers, tokens)
         self._of_name, self._of_claim, self._of_gateway = (
             lru_cache(_MAX_REMEMBERED)(find) for find in (rules.tenant, rules.of_claim, rules.of_gateway)
@@ -100,14 +100,14 @@ class Tenancy:
             facts = await asyncio.to_thread(_facts, self._path)
             if facts == self._seen and "rules" not in self._failures:
                 return
-            rules = await asyncio.to_thread(read_rules, self._path)
+            rules, link_bounds = await asyncio.to_thread(_read, self._path)
         except (OSError, RulesError) as error:
             self._series.valid.set(0)
             self._failed("rules", f"the tenants file cannot be taken, what it said before holds: {error}")
             return
         self._failures.pop("rules", None)
         self._seen = facts
-        self._take(rules, self.tokens)
+        self._take(rules, link_bounds, self.tokens)
         log.info("tenants: the file was read again, %d tenants", len(rules.tenants))
 
     async def _refresh_keys(self) -> None:
@@ -135,6 +135,12 @@ class Tenancy:
     async def close(self) -> None:
         """This server uses nothing any more."""
         await asyncio.to_thread(self._usage.close)
+
+
+def _read(path: Path) -> tuple[Rules, LinkBounds]:
+    """The rules and what is made of all tenants together: for thousands it takes too long for the event loop. RulesError."""
+    rules = read_rules(path)
+    return rules, LinkBounds(rules)
 
 
 def _facts(path: Path) -> tuple[int, int, int]:
