@@ -124,8 +124,9 @@ class Api:
             self.adapters.residency.hit(selection.name_key)
         try:
             if selection.merge is not None and self.merges is not None and access.tenant is not None:
-                steps = (partial(step, selection, ready.layout) for step in (self.adapters.resolve, self.adapters.has_merge))
-                return await self.merges.resolve(access.tenant, selection.name_key, *steps)
+                work = partial(self.adapters.resolve, selection, ready.layout)
+                is_made = partial(self.adapters.has_merge, selection, ready.layout)
+                return await self.merges.resolve(access.tenant, selection.name_key, work, is_made)
             return await self.adapters.resolve(selection, ready.layout)
         except AdapterNotFound:
             if self.tenancy is None:

@@ -39,7 +39,7 @@ def test_ids_point_where_lorax_says(adapter_id: str, model_bucket: str | None, m
     "2",
     "ids of S3: `s3://bucket/key`, `key`, a slash at the end",
     "better",
-    "one adapter; LoRAX keeps each spelling as one more. Answers name it as asked",
+    "one adapter; LoRAX keeps each spelling as one more. Answers that succeed name it as asked",
 )
 @pytest.mark.parametrize(
     ("model_bucket", "model_folder", "spelling", "written"),
