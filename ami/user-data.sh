@@ -150,23 +150,50 @@ show_logs() {  # the end of what the units said, where an operator without acces
     tail -q -n 30 "$LOGS/model.log" "$LOGS/server.log" 2>/dev/null | tee -a "$LOGS/boot.log" "$CONSOLE" || true
 }
 
+own_group() {  # ID: its Auto Scaling group and its state there; nothing outside any
+    aws autoscaling describe-auto-scaling-instances --instance-ids "$1" \
+        --query 'AutoScalingInstances[].[AutoScalingGroupName,LifecycleState]' --output text
+}
+
+enter_service() {  # ID: the signal lets a deploy end an older instance, so this one gets requests first: the agent lets the launch go on
+    local found until=$((SECONDS + 120))
+    while [ "$SECONDS" -lt "$until" ]; do
+        found=$(own_group "$1") || found='? ?'
+        [ -n "$found" ] || return 0
+        [[ $found != *InService ]] || break
+        sleep 5
+    done
+    sleep "${ENTER_S:-0}"
+}
+
+abandon_launch() {  # ID: one that cannot serve is ended now, not when the hook's time is over
+    local found=
+    [ -z "$LAUNCH_HOOK" ] || found=$(own_group "$1") || true
+    [ -n "$found" ] || return 0
+    aws autoscaling complete-lifecycle-action --auto-scaling-group-name "${found%%[[:space:]]*}" --lifecycle-hook-name "$LAUNCH_HOOK" \
+        --instance-id "$1" --lifecycle-action-result ABANDON || say "no launch waits at the hook"
+}
+
 signal() {  # whoever waits for this instance learns how it ended
-    local code=$? status=SUCCESS
+    local code=$? status=SUCCESS id target
     trap - EXIT
+    id=$(metadata instance-id || true)
+    target=$(metadata autoscaling/target-lifecycle-state || true)
     if [ "$code" -ne 0 ]; then
         status=FAILURE
         show_logs
-    else
-        sleep "${ENTER_S:-0}"  # the signal lets a deploy end an older instance
+    elif [[ $target != Warmed:* ]]; then
+        enter_service "$id"
     fi
     say "boot: $status"
-    case $(metadata autoscaling/target-lifecycle-state || true) in
+    case $target in
         Warmed:*) say "in the warm pool: no signal" ;;
         *) if [ -n "$STACK_NAME" ]; then
             aws cloudformation signal-resource --stack-name "$STACK_NAME" --logical-resource-id "$SIGNAL_RESOURCE" \
-                --unique-id "$(metadata instance-id)" --status "$status" || say "no deploy waits for the signal"
+                --unique-id "$id" --status "$status" || say "no deploy waits for the signal"
         fi ;;
     esac
+    [ "$code" -eq 0 ] || abandon_launch "$id"
     exit "$code"
 }
 

@@ -2,9 +2,9 @@
 
 Owns size, health and replacement: a deploy waits for each new instance's signal, which user-data sends when the server answers /health, and
 rolls back without it. An instance is in service once its agent completes the launch hook, which it does when the server answers; where
-nobody does, the hook's time ends the instance. Later on the load balancer keeps requests away from a server that is ill, and the agent
-marks its instance unhealthy if it stays so (fleet.heal_s); EC2's and EBS's checks watch the host. Does not know the load's policies
-(`scaling`) or who calls (`load_balancer`). The service stack makes it.
+it does not, user-data gives the launch up (READY_S); where nothing runs any more, the hook's time ends it. Later on the load balancer keeps
+requests away from a server that is ill, and the agent marks its instance unhealthy if it stays so (fleet.heal_s); EC2's and EBS's checks
+watch the host. Does not know the load's policies (`scaling`) or who calls (`load_balancer`). The service stack makes it.
 """
 
 from typing import cast
@@ -37,6 +37,9 @@ DRAIN_HOOK, LAUNCH_HOOK = "drain", "launch"  # unique within a group; the agent 
 HOOK_S = 300  # the agent asks for more while requests run; without an agent, an instance is gone after this
 LAUNCH_S = 120  # of the grace period, until user-data runs: an instance that fails says so before it is given up
 HEALTH_GRACE_S = 300  # for EC2's own checks to settle; an instance in service has booted already
+# Lifecycle hooks' maximum, for a boot that hangs; one that fails says so itself. Never another value: the hook is a resource behind the
+# group, so a deploy that changed it would run the whole rolling update under the old one.
+LAUNCH_HOOK_S = 7200
 WARMUP_S = 60  # from in service until its load counts: it is published every ten seconds
 _LONGEST_PAUSE_S = 3600  # CloudFormation's bound for one batch of a rolling update
 _PROCESSES = autoscaling.ScalingProcess
@@ -225,12 +228,12 @@ class GpuFleet(Construct):
             heartbeat_timeout=cdk.Duration.seconds(HOOK_S),
             default_result=autoscaling.DefaultResult.CONTINUE,
         )
-        # A server that never answers ends here, whatever its boot died of; and a stopped pool stops no instance in its first boot.
+        # user-data gives a launch up whose server does not answer in time; and a stopped pool stops no instance in its first boot.
         hook = self.group.add_lifecycle_hook(
             "LaunchHook",
             lifecycle_hook_name=LAUNCH_HOOK,
             lifecycle_transition=transition.INSTANCE_LAUNCHING,
-            heartbeat_timeout=cdk.Duration.seconds(self.grace_s),
+            heartbeat_timeout=cdk.Duration.seconds(LAUNCH_HOOK_S),
             default_result=autoscaling.DefaultResult.ABANDON,
         )
         if warm := self._config.fleet.warm_pool:

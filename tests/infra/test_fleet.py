@@ -73,9 +73,17 @@ def test_an_instance_is_in_service_once_its_server_answers_and_ended_if_it_never
     }
     launch = hooks[LAUNCH_HOOK]
     assert launch["LifecycleTransition"] == "autoscaling:EC2_INSTANCE_LAUNCHING" and launch["DefaultResult"] == "ABANDON"
-    assert launch["HeartbeatTimeout"] == grace_s(KitConfig.load("dev", ROOT))
     assert f"LAUNCH_HOOK='{LAUNCH_HOOK}'" in user_data_of(service)
     assert group_of(service)["Properties"]["DefaultInstanceWarmup"] == WARMUP_S  # its boot is over by then
+
+
+def test_a_deploy_finds_the_launch_hook_as_it_leaves_it(synth):
+    """CloudFormation changes it only after the rolling update, so instances with more time would be held by the old hook."""
+    changes = ({"fleet.grace_s": 600}, {"fleet.grace_s": 3600}, {"image.kind": "baked"})
+    templates = [resources(synth(each)["service"], "AWS::AutoScaling::LifecycleHook") for each in changes]
+    assert templates[0] == templates[1] == templates[2]
+    (launch,) = [item["Properties"] for item in templates[0].values() if "LAUNCHING" in item["Properties"]["LifecycleTransition"]]
+    assert launch["HeartbeatTimeout"] == 7200  # the most that a hook may have
 
 
 def test_a_first_deploy_waits_for_each_instance_since_no_hook_is_there_yet(synth):
