@@ -131,7 +131,8 @@ write_configuration() {
     for name in REGION MODEL_ORIGIN SHARED_DIR HUB_SECRET_ARN ADMIN_SECRET_ARN GATEWAY_SECRET_ARN DRAIN_HOOK LAUNCH_HOOK READY_S HEAL_S MOUNT_POINT LOG_GROUP; do
         printf '%s="%s"\n' "$name" "${!name}"
     done >"$CONFIG/host.env"
-    printf 'CACHE_DIR="%s"\nMODEL_LINK="%s"\nPORT="%s"\n' "$cache" "$MANYLORA_MODEL_ID" "$MANYLORA_PORT" >>"$CONFIG/host.env"
+    printf 'CACHE_DIR="%s"\nMODEL_LINK="%s"\nPORT="%s"\nDRAIN_S="%s"\n' "$cache" "$MANYLORA_MODEL_ID" "$MANYLORA_PORT" \
+        "$MANYLORA_DRAIN_TIMEOUT_S" >>"$CONFIG/host.env"
     STOP_S=$((${MANYLORA_DRAIN_TIMEOUT_S%.*} + 30)) bash "$PREFIX/current/ami/configure.sh"
 }
 

@@ -14,7 +14,7 @@ from constructs import Construct
 
 from infra.acknowledge import acknowledge, nag_name
 from infra.config import KitConfig
-from infra.fleet import GpuFleet
+from infra.fleet import LAUNCH_S, GpuFleet
 from infra.load_balancer import ENTER_S, LEAVE_S
 from infra.patching import Patching
 from infra.storage import Bucket
@@ -49,7 +49,8 @@ class Operations(Construct):
         variables = {
             "ARTIFACT_URI": "{{ ArtifactUri }}",
             "WHEELHOUSE_URI": f"s3://{self._bucket.bucket_name}/{wheels}" if wheels else "",
-            "READY_S": str(self._fleet.grace_s),
+            # Well below the time that the agent gives a server that starts (user-data's READY_S): the way back is the script's affair.
+            "ANSWER_S": str((self._fleet.grace_s - LAUNCH_S) * 2 // 3),
             "LEAVE_S": str(LEAVE_S),
             "ENTER_S": str(ENTER_S),
         }

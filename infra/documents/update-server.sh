@@ -3,12 +3,13 @@
 # document of infra/operations.py runs it as root, on one instance after another.
 #   ARTIFACT_URI    s3:// archive as infra/artifact.py makes it
 #   WHEELHOUSE_URI  s3:// prefix with wheels, in place of PyPI; empty: PyPI
-#   READY_S         the server must answer within so many seconds
+#   ANSWER_S        the server must answer within so many seconds
 #   LEAVE_S         from a server's first 503 on /health until the load balancer sends it nothing more
 #   ENTER_S         from its first answer until the load balancer sends it requests
 set -euo pipefail
 
 PREFIX=${PREFIX:-/opt/manylora}
+# What it sets goes before what is given, so no name above may be in it.
 # shellcheck source=/dev/null
 source "${HOST_ENV:-/etc/manylora/host.env}"
 export AWS_DEFAULT_REGION=$REGION
@@ -24,7 +25,7 @@ switch_to() { # RELEASE: its packages, its units, a restart, which drains what i
 }
 
 answers() {
-    local deadline=$((SECONDS + READY_S))
+    local deadline=$((SECONDS + ANSWER_S))
     until curl -fs -o /dev/null --max-time 5 "http://127.0.0.1:$PORT/health"; do
         [ "$SECONDS" -lt "$deadline" ] || return 1
         sleep 2
@@ -53,5 +54,11 @@ if switch_to "$new" && answers; then
 fi
 echo "$(basename "$new") does not answer; back to $(basename "$old")" >&2
 tail -n 40 /var/log/manylora/server.log >&2 || true
-switch_to "$old" && answers || echo "$(basename "$old") does not answer either" >&2
+# The agent's patience begins anew: what the new release took of it must not cost the old one its instance.
+systemctl restart manylora-agent.service || true
+if switch_to "$old" && answers; then
+    sleep "$ENTER_S" # a mark that the agent made meanwhile is taken back before the group looks again
+else
+    echo "$(basename "$old") does not answer either" >&2
+fi
 exit 1

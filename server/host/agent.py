@@ -21,7 +21,7 @@ from server.host.group import Group
 from server.host.lifecycle import SETTLE_S, Lifecycle
 from server.host.load import LoadReport, ServerProbe, publish_boot
 from server.host.metadata import DEFAULT_ENDPOINT, InstanceMetadata, MetadataUnavailable
-from server.host.serving import HEAL_S, START_S, ServingWatch
+from server.host.serving import DRAIN_S, HEAL_S, START_S, ServingWatch
 
 log = logging.getLogger("server.host.agent")
 
@@ -65,7 +65,7 @@ class GpuReport:
             return
         for error in self._errors:
             log.error("GPU: %s", error)
-        self._group.mark_unhealthy()  # first: a metric that is refused must not keep a broken GPU in service
+        self._group.mark_unhealthy("gpu")  # first: a metric that is refused must not keep a broken GPU in service
         self._is_reported = True
         self._group.publish({"GpuErrors": float(len(self._errors))}, unit="Count")
 
@@ -84,7 +84,8 @@ def make_beats(flags: argparse.Namespace, metadata: InstanceMetadata, group: Gro
         settle_s=flags.settle_s,
     )
     load, gpu = LoadReport(probe, group), GpuReport(GpuWatch(), group)
-    serving = ServingWatch(probe, group, is_wanted=lambda: lifecycle.is_wanted, start_s=flags.start_s, heal_s=flags.heal_s)
+    bounds = {"start_s": flags.start_s, "heal_s": flags.heal_s, "drain_s": flags.drain_s}
+    serving = ServingWatch(probe, group, is_wanted=lambda: lifecycle.is_wanted, **bounds)
     return [
         Beat("lifecycle", flags.lifecycle_s, lifecycle.step),
         Beat("serving", flags.lifecycle_s, serving.step),
@@ -116,6 +117,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--settle-s", type=float, default=SETTLE_S, help="from the decision until the server is stopped")
     parser.add_argument("--start-s", type=_or(START_S), default=START_S, help="a server that never served yet may take; empty: the default")
     parser.add_argument("--heal-s", type=_or(HEAL_S), default=HEAL_S, help="one that served may be away, before the instance is replaced")
+    parser.add_argument("--drain-s", type=_or(DRAIN_S), default=DRAIN_S, help="one that was told to stop may take for running requests")
     parser.add_argument("--boot-record", type=Path, default=Path("/var/log/manylora/boot.jsonl"), help="steps that user-data timed")
     parser.add_argument("--lifecycle-s", type=float, default=LIFECYCLE_S, help="pause between two looks at the metadata service")
     parser.add_argument("--load-s", type=float, default=LOAD_S, help="pause between two reports of the load")

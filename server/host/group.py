@@ -20,6 +20,7 @@ class Group:
     def __init__(self, instance_id: str, autoscaling: Any, cloudwatch: Any) -> None:
         self.instance_id, self._autoscaling, self._cloudwatch = instance_id, autoscaling, cloudwatch
         self._name: str | None = None
+        self._ill_of: set[str] = set()
 
     @property
     def name(self) -> str | None:
@@ -37,11 +38,20 @@ class Group:
         """Ask for the hook's time once more; False if none waits."""
         return self._at_hook("record_lifecycle_action_heartbeat", hook)
 
-    def mark_unhealthy(self) -> None:
-        """Have this instance replaced, grace period or not."""
+    def mark_unhealthy(self, reason: str) -> None:
+        """Have this instance replaced, grace period or not. `reason` is for `withdraw`."""
         if self.name is None:
             return
+        self._ill_of.add(reason)
         self._autoscaling.set_instance_health(InstanceId=self.instance_id, HealthStatus="Unhealthy", ShouldRespectGracePeriod=False)
+
+    def withdraw(self, reason: str) -> None:
+        """Take a mark back that the group has not acted on (its processes may be suspended); one for another reason stays."""
+        if self.name is None or reason not in self._ill_of:
+            return
+        if self._ill_of == {reason}:
+            self._autoscaling.set_instance_health(InstanceId=self.instance_id, HealthStatus="Healthy")
+        self._ill_of.remove(reason)
 
     def publish(self, values: Mapping[str, float], *, unit: str = "None", high_resolution: bool = False, **dimensions: str) -> None:
         """Metrics of the group, `dimensions` added to its name."""

@@ -111,7 +111,7 @@ class Lifecycle:
             return "the group returns this instance to its warm pool"
         if notice := self._metadata.spot_notice():
             # The group learns of it here: it takes the instance out of the load balancer and starts another one now, not in two minutes.
-            self._group.mark_unhealthy()
+            self._group.mark_unhealthy("spot")
             return f"spot notice, {notice}"
         return None
 

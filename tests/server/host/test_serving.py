@@ -24,10 +24,10 @@ class Watched:
         self.machine, self.now, self.answer, self.is_wanted, self.marks = machine, 1000.0, WELL, True, 0
         monkeypatch.setattr(serving.time, "monotonic", lambda: self.now)
         mark = machine.group.mark_unhealthy
-        monkeypatch.setattr(machine.group, "mark_unhealthy", lambda: (mark(), setattr(self, "marks", self.marks + 1)))
+        monkeypatch.setattr(machine.group, "mark_unhealthy", lambda reason: (mark(reason), setattr(self, "marks", self.marks + 1)))
         probe = ServerProbe(9)
         monkeypatch.setattr(probe, "health", lambda: self.answer)
-        self.watch = ServingWatch(probe, machine.group, is_wanted=lambda: self.is_wanted, start_s=1200, heal_s=600)
+        self.watch = ServingWatch(probe, machine.group, is_wanted=lambda: self.is_wanted, start_s=1200, heal_s=600, drain_s=900)
 
     def goes_on(self, answer, seconds) -> "Watched":
         self.answer = answer
@@ -44,7 +44,44 @@ def watched(machine, monkeypatch):  # noqa: F811
 
 def test_an_engine_that_is_started_again_keeps_its_instance(watched):
     for _ in range(5):
-        watched.goes_on(WELL, 60).goes_on(AWAY, 300)
+        watched.goes_on(WELL, 400).goes_on(AWAY, 300)
+    assert watched.machine.health == "Healthy"
+
+
+@pytest.mark.parametrize(("well_s", "away_s", "num_rounds"), [(15, 585, 2), (100, 200, 5)])
+def test_one_that_is_away_more_than_it_is_there_is_replaced(watched, well_s, away_s, num_rounds):
+    watched.goes_on(WELL, 3600)  # is no credit
+    for _ in range(num_rounds - 1):
+        watched.goes_on(AWAY, away_s).goes_on(WELL, well_s)
+    assert watched.machine.health == "Healthy"
+    watched.goes_on(AWAY, away_s)
+    assert watched.machine.health == "Unhealthy"
+
+
+def test_a_mark_that_the_group_did_not_act_on_is_taken_back(watched):
+    """Its processes are suspended while a deploy or a roll goes on; once they resume, the instance would go though it serves."""
+    watched.goes_on(WELL, 10).goes_on(GONE, 610).goes_on(WELL, 15)
+    assert watched.machine.health == "Unhealthy"  # not yet: it may be gone again
+    watched.goes_on(WELL, 10)
+    assert watched.machine.health == "Healthy"
+
+
+@pytest.mark.parametrize("reason", ["gpu", "spot"])
+def test_another_ones_mark_is_not_taken_back(watched, reason):
+    watched.goes_on(WELL, 10).goes_on(GONE, 610)
+    watched.machine.group.mark_unhealthy(reason)
+    watched.goes_on(WELL, 600)
+    assert watched.machine.health == "Unhealthy"
+
+
+def test_a_mark_of_which_the_answer_was_lost_is_taken_back_too(watched, monkeypatch):
+    mark = watched.machine.group.mark_unhealthy
+    with monkeypatch.context() as patch:
+        patch.setattr(watched.machine.group, "mark_unhealthy", lambda reason: (mark(reason), 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            watched.goes_on(WELL, 10).goes_on(GONE, 610)
+    assert watched.machine.health == "Unhealthy"
+    watched.goes_on(WELL, 30)
     assert watched.machine.health == "Healthy"
 
 
@@ -55,7 +92,7 @@ def test_an_engine_that_is_started_again_keeps_its_instance(watched):
 )  # fmt: skip
 @pytest.mark.parametrize("answer", [AWAY, GONE])
 def test_a_server_that_does_not_come_back_loses_it(watched, answer):
-    watched.goes_on(WELL, 10).goes_on(answer, 600)
+    watched.goes_on(WELL, 10).goes_on(answer, 595)
     assert watched.machine.health == "Healthy"
     watched.goes_on(answer, 10)
     assert watched.machine.health == "Unhealthy" and watched.marks == 1
@@ -79,17 +116,27 @@ def test_a_server_that_was_told_to_stop_is_not_ill(watched):
     assert watched.machine.health == "Healthy"
 
 
+def test_one_that_was_told_to_stop_and_does_not_is_ill_in_the_end(watched):
+    """After the drain's own time and two minutes."""
+    watched.goes_on(WELL, 10).goes_on(LEAVING, 1020 + 590)
+    assert watched.machine.health == "Healthy"
+    watched.goes_on(LEAVING, 20)
+    assert watched.machine.health == "Unhealthy"
+
+
 def test_a_server_that_is_not_wanted_is_not_missed(watched):
     watched.is_wanted = False  # drained, in a warm pool, on its way out
     watched.goes_on(WELL, 10).goes_on(GONE, 3600)
     assert watched.machine.health == "Healthy"
     watched.is_wanted = True
-    watched.goes_on(GONE, 610)
+    watched.goes_on(GONE, 1190)  # out of a warm pool it is started anew
+    assert watched.machine.health == "Healthy"
+    watched.goes_on(GONE, 10)
     assert watched.machine.health == "Unhealthy"
 
 
 def test_a_mark_that_did_not_get_through_is_made_again(watched, monkeypatch):
-    def refuse():
+    def refuse(reason):
         raise RuntimeError("Throttling")
 
     with monkeypatch.context() as patch:
