@@ -1,5 +1,6 @@
 """uvicorn with our end: SIGTERM drains, a second signal or the drain's timeout stops, an engine that cannot start stops too. SIGUSR1
-before it announces it to load balancers: /health is 503 from then on, and everything else is answered as before.
+before it announces it to load balancers: /health is 503 from then on, and everything else is answered as before; for five minutes, if no
+SIGTERM follows.
 
 Owns the order of the end: new requests 503 while the port still answers, running ones finish, then the port closes, then the engine stops.
 `server.__main__` runs it.
@@ -21,6 +22,7 @@ from server.errors import SHUTTING_DOWN, Unavailable
 log = logging.getLogger(__name__)
 
 _CLOSE_TIMEOUT_S = 5
+_LEAVE_S = 300.0  # whoever announced the end and did not bring it has died, or has been stopped
 
 
 class DrainingServer(uvicorn.Server):
@@ -44,6 +46,7 @@ class DrainingServer(uvicorn.Server):
         self._api = api
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain: asyncio.Task[None] | None = None
+        self._lapse: asyncio.TimerHandle | None = None
 
     async def _serve(self, sockets: list | None = None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -70,7 +73,20 @@ class DrainingServer(uvicorn.Server):
     def leave(self) -> None:
         """A load balancer is to let go of this server while it still serves."""
         log.info("leaving: /health is 503, requests are still taken")
+        assert self._loop is not None
         self._api.admission.leaving = True
+        self._loop.call_soon_threadsafe(self._start_lapse)
+
+    def _start_lapse(self) -> None:
+        assert self._loop is not None
+        if self._lapse is not None:
+            self._lapse.cancel()
+        self._lapse = self._loop.call_later(_LEAVE_S, self._stay)
+
+    def _stay(self) -> None:
+        if not self._api.admission.draining:
+            log.warning("nothing came of it in %.0f s; /health is true again", _LEAVE_S)
+            self._api.admission.leaving = False
 
     def _start_drain(self) -> None:
         self._drain = asyncio.create_task(self._drain_and_exit())

@@ -17,10 +17,12 @@ log = logging.getLogger(__name__)
 SETTLE_S = 10.0  # from the group's decision until the load balancer sends nothing more
 EXTEND_EVERY_S = 60.0
 _FIRST_PAUSE_S, _NUM_TRIES = 5.0, 7  # each pause is twice the last one: five minutes in all, the drain hook's own time
+_LONGEST_PAUSE_S = 60.0  # after calls that failed
 
 
 class Completion:
-    """Lets the transition that waits at a hook go on: tried with growing pauses until it went through, then given up.
+    """Lets the transition that waits at a hook go on: tried with growing pauses until it went through, given up after `_NUM_TRIES`
+    answers that nothing waits. A call that fails is no answer, however many do.
 
     Nothing waits where the agent was started anew in an instance that is in service, where the hook was made after the launch, or where
     its time is over; and no answer of Auto Scaling's tells these from a transition that is about to wait."""
@@ -29,6 +31,7 @@ class Completion:
         """`hook` empty: there is nothing to do."""
         self._group, self._hook = group, hook
         self._num_left, self._pause_s, self._next_at = _NUM_TRIES if hook else 0, _FIRST_PAUSE_S, 0.0
+        self._failed_pause_s = _FIRST_PAUSE_S
 
     @property
     def is_due(self) -> bool:
@@ -36,13 +39,19 @@ class Completion:
         return self._num_left > 0 and time.monotonic() >= self._next_at
 
     def step(self) -> bool:
-        """Try if it is time to; whether it went through now."""
+        """Try if it is time to; whether it went through now. botocore's errors pass through."""
         if not self.is_due:
             return False
-        self._num_left -= 1
+        try:
+            is_through = self._group.complete_hook(self._hook)
+        except Exception:
+            self._next_at = time.monotonic() + self._failed_pause_s
+            self._failed_pause_s = min(2 * self._failed_pause_s, _LONGEST_PAUSE_S)
+            raise
         self._next_at, self._pause_s = time.monotonic() + self._pause_s, 2 * self._pause_s
-        if self._group.complete_hook(self._hook):
-            self._num_left = 0
+        self._failed_pause_s = _FIRST_PAUSE_S
+        self._num_left = 0 if is_through else self._num_left - 1
+        if is_through:
             return True
         if not self._num_left:
             log.info("hook %s: nothing waits there", self._hook)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from server.api import serving
 from tests.server.api.live import LiveServer, live_server, wait_for
 
 BODY = {"inputs": "one two three four", "parameters": {"max_new_tokens": 100}}
@@ -155,6 +156,15 @@ def test_a_server_that_is_to_go_says_so_and_goes_on_serving(tmp_path: Path, mode
         live.server.handle_exit(signal.SIGTERM, None)
         wait_for(lambda: live.server.should_exit)
         assert live.server.exit_code == 0
+
+
+def test_an_end_that_was_announced_and_does_not_come_is_forgotten(tmp_path: Path, model_dir: Path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(serving, "_LEAVE_S", 3.0)
+    with live_server(tmp_path, model_dir) as live:
+        live.server.leave()
+        assert live.api.admission.leaving
+        wait_for(lambda: live.client.get("/health").status_code == 200)
+        assert "nothing came of it in 3 s" in caplog.text
 
 
 def test_draining_is_bounded(tmp_path: Path, model_dir: Path) -> None:
