@@ -123,6 +123,7 @@ def standing_costs() -> str:
         f"| `fleet.root_gib` | {VOLUME_USD} USD a GB and month, each instance, and {extra_usd:.0f} a month for its {ROOT_MB_S} MB/s |",
         f"| metrics | {NUM_METRICS * METRIC_USD:.0f} USD a month while an instance runs, and {NUM_DETAILED * METRIC_USD:.1f} for each |",
         "| alarms, dashboard, log lines | not in `HourlyCost`: 0.10 a month each, 3 a month, 0.50 a GB |",
+        "| PutMetricData's calls | not in `HourlyCost`: 0.01 a thousand, of which an instance makes seven a minute |",
         "| `endpoint.waf` | about 8 USD a month, 0.60 a million requests |",
         "| requests | 3.50 USD a million (REST API), traffic out 0.09 a GB |",
     ]

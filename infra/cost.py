@@ -1,8 +1,8 @@
 """What a configuration costs, roughly and before anything is deployed: standing resources and instances, in USD.
 
 Prices are sizing's (sizing/prices.toml; look them up before a decision). Traffic, requests and storage by the gigabyte are not in it:
-they are named beside it. Left out, too: alarms (0.10 a month each), the dashboard (3 a month), log lines. Knows no CDK: outputs, the
-dashboard and the documentation call it.
+they are named beside it. Left out, too: alarms (0.10 a month each), the dashboard (3 a month), log lines, the calls of
+PutMetricData (0.01 a thousand). Knows no CDK: outputs, the dashboard and the documentation call it.
 """
 
 from dataclasses import dataclass

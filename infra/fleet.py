@@ -139,15 +139,23 @@ class GpuFleet(Construct):
             warning = "Annotation::@aws-cdk/aws-autoscaling:desiredCapacitySet"
             kept = cdk.Acknowledgment(id=warning, reason="an unmodified size is ignored by later deploys (the group's update policy)")
             cdk.Validations.of(group).acknowledge(kept)
-        if fleet.max == 1:
-            # A second one would need a larger MaxSize, which the policy would use for load as well: whoever pays for it says so.
-            warning = (
-                "fleet.max is 1: a deploy that changes the instance answers 503 for as long as the new one boots; 2 leaves room for it"
-            )
-            cdk.Annotations.of(group).add_warning_v2("manylora:oneInstance", warning)
+        self._warn(group)
         if mixed:
             acknowledge(group, {"EC26": "the rule fails on a mixed-instances policy; the launch template's volume is encrypted"})
         return group
+
+    def _warn(self, group: autoscaling.AutoScalingGroup) -> None:
+        """What a deploy will do to this fleet that nobody expects."""
+        add = cdk.Annotations.of(group).add_warning_v2
+        if self._config.fleet.max == 1:
+            # A second one would need a larger MaxSize, which the policy would use for load as well: whoever pays for it says so.
+            words = "fleet.max is 1: a deploy that changes the instance answers 503 for as long as the new one boots; 2 leaves room for it"
+            add("manylora:oneInstance", words)
+        if self.grace_s > _LONGEST_PAUSE_S:
+            words = (
+                f"a boot may take {self.grace_s} s (fleet.grace_s); in a rolling update CloudFormation waits {_LONGEST_PAUSE_S} s for one"
+            )
+            add("manylora:longBoot", words)
 
     def _signals(self) -> autoscaling.Signals | None:
         """The first instances are launched before there is a hook, so CloudFormation waits for all of them; None for an empty fleet."""

@@ -63,7 +63,7 @@ class FleetConfig(Section):
     scale_to_zero: bool = Field(False, description="With min 0: an idle fleet ends, requests at the edge wake it.")
     schedules: tuple[ScheduleConfig, ...] = Field((), description="Sizes by time.")
     grace_s: int | None = Field(
-        None, ge=60, le=7200, description="A new instance that does not serve in this time is ended; auto: from the boot phases."
+        None, ge=300, le=7200, description="A new instance that does not serve in this time is ended; auto: from the boot phases."
     )
     heal_s: int = Field(
         600, ge=180, le=7200, description="An instance whose server is away for longer is replaced; an engine starts again in less."

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from infra.boot_phases import grace_s
-from infra.config import KitConfig
+from infra.config import ConfigError, KitConfig
 from infra.fleet import DRAIN_HOOK, GROUP_ID, HEALTH_GRACE_S, LAUNCH_HOOK, LAUNCH_S, WARMUP_S
 from infra.load_balancer import ENTER_S
 from tests.infra.conftest import ROOT, resources
@@ -107,6 +107,19 @@ def test_a_termination_is_held_while_requests_run(service):
 def test_a_fleet_of_one_is_told_what_a_deploy_does_to_it(synthesize, most, is_warned):
     metadata = [path.read_text() for path in synthesize({"fleet.max": most}).glob("*.json") if "template" not in path.name]
     assert ("fleet.max is 1: a deploy that changes the instance answers 503" in "".join(metadata)) == is_warned
+
+
+@pytest.mark.parametrize(("grace_s", "is_warned"), [(3601, True), (3600, False)])
+def test_a_boot_longer_than_cloudformation_waits_is_told(synthesize, grace_s, is_warned):
+    metadata = [path.read_text() for path in synthesize({"fleet.grace_s": grace_s}).glob("*.json") if "template" not in path.name]
+    assert ("CloudFormation waits 3600 s for one" in "".join(metadata)) == is_warned
+
+
+def test_a_boot_has_five_minutes_at_least():
+    """As those that are made from the phases: user-data's own share of less would be nothing."""
+    with pytest.raises(ConfigError, match="300"):
+        KitConfig.load("dev", ROOT, {"fleet.grace_s": 299})
+    assert grace_s(KitConfig.load("dev", ROOT, {"fleet.grace_s": 300})) == 300 > LAUNCH_S
 
 
 def test_one_instance_can_still_be_replaced(synth):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from server.host import lifecycle as lifecycle_module
 from server.host.agent import Beat
 from server.host.group import Group
 from server.host.lifecycle import Lifecycle
@@ -105,44 +105,6 @@ def test_a_hook_that_comes_after_the_drain_is_completed_too(machine):
     machine.target("Terminated")
     lifecycle.step()
     assert machine.autoscaling.calls == [("CompleteLifecycleAction", "drain")]
-
-
-@pytest.fixture
-def asked(machine, monkeypatch):
-    """The hooks that were to be completed, whether or not anything waited, and a clock that each step of `run` moves on."""
-    hooks, clock = [], [time.monotonic()]
-    complete = machine.group.complete_hook
-    monkeypatch.setattr(machine.group, "complete_hook", lambda hook: hooks.append(hook) or complete(hook))
-    monkeypatch.setattr(lifecycle_module.time, "monotonic", lambda: clock[0])
-
-    def run(lifecycle, seconds):
-        for _ in range(int(seconds / 5)):
-            lifecycle.step()
-            clock[0] += 5
-
-    return hooks, run
-
-
-def test_a_hook_at_which_nothing_waits_is_given_up(machine, asked):
-    """An agent that was started anew in an instance in service, and one whose termination went on without it."""
-    hooks, run = asked
-    lifecycle = machine.lifecycle(launch_hook="launch")
-    run(lifecycle, 3600)
-    assert hooks == ["launch"] * 7
-    machine.target("Terminated")
-    run(lifecycle, 5)
-    lifecycle._stopping.wait(10)
-    run(lifecycle, 3600)
-    assert lifecycle.drained and hooks == ["launch"] * 7 + ["drain"] * 7
-
-
-def test_a_hook_that_begins_to_wait_late_is_completed_and_not_again(machine, asked):
-    hooks, run = asked
-    lifecycle = machine.lifecycle(launch_hook="launch")
-    run(lifecycle, 30)
-    machine.autoscaling.waiting.add("launch")
-    run(lifecycle, 3600)
-    assert machine.autoscaling.calls == [("CompleteLifecycleAction", "launch")] and len(hooks) == 4
 
 
 def test_the_server_is_not_stopped_before_the_load_balancer_has_let_go(machine):
@@ -273,11 +235,15 @@ def test_one_parts_failure_holds_up_no_other(caplog):
 
 
 def test_the_program_as_the_unit_starts_it(machine, served, tmp_path):
-    """Whole process: metadata found, load published to moto, SIGTERM ends it."""
+    """Whole process: metadata found, load published to moto, systemd's watchdog told, SIGTERM ends it."""
     served.show(num_tokens=250)
+    systemd = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    systemd.bind(str(tmp_path / "notify"))
+    systemd.settimeout(60)
     command = [sys.executable, "-m", "server.host.agent", "--port", str(served.port), "--drain-hook", "drain"]
     command += ["--metadata-endpoint", machine.metadata.endpoint, "--load-s", "0.2", "--lifecycle-s", "0.2"]
-    command += ["--start-s", "", "--heal-s", "600", "--notify-socket", ""]  # as a unit gives what is not in its environment
+    command += ["--start-s", "", "--heal-s", "600", "--drain-s", ""]  # as a unit gives what is not in its environment
+    command += ["--notify-socket", str(tmp_path / "notify")]
     process = subprocess.Popen([*command, "--boot-record", str(tmp_path / "none")], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 60
@@ -289,9 +255,11 @@ def test_the_program_as_the_unit_starts_it(machine, served, tmp_path):
         while not published():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
+        assert systemd.recv(100) == b"WATCHDOG=1"
         process.send_signal(signal.SIGTERM)
         words = process.communicate(timeout=20)[1]
         assert process.returncode == 0 and machine.instance_id in words
     finally:
         process.kill()
         process.wait()
+        systemd.close()

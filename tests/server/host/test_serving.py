@@ -1,16 +1,17 @@
 """The watch over the server: an engine that comes back keeps its instance, a server that does not come back loses it; and the
 watch over the agent."""
 
+import re
 import socket
 
 import pytest
 
 from server.errors import SHUTTING_DOWN
 from server.host import serving
-from server.host.agent import tell_watchdog
+from server.host.agent import _parse, tell_watchdog
 from server.host.load import ServerProbe
 from server.host.serving import ServingWatch
-from tests.server.host.test_agent import machine  # noqa: F401 - a fixture
+from tests.server.host.test_agent import ROOT, machine  # noqa: F401 - a fixture
 
 AWAY = (503, '{"error": "unhealthy: the engine is starting", "error_type": "healthcheck"}')
 WELL, GONE = (200, ""), (0, "")
@@ -164,3 +165,11 @@ def test_systemds_watchdog_hears_that_the_agent_goes_round(tmp_path):
             systemd.bind(bound)
             tell_watchdog(address)
             assert systemd.recv(100) == b"WATCHDOG=1"
+
+
+def test_the_unit_gives_the_agent_what_it_asks_for():
+    """With WatchdogSec, an agent that does not know systemd's socket would be killed again and again."""
+    unit = (ROOT / "ami" / "manylora-agent.service").read_text()
+    (started,) = re.findall(r"^ExecStart=.* -m server.host.agent (.*)$", unit, re.MULTILINE)
+    assert re.search(r"^WatchdogSec=\d+$", unit, re.MULTILINE) and "--notify-socket ${NOTIFY_SOCKET}" in started
+    _parse(re.sub(r"\$\{\w+\}", "9", started).split())  # or SystemExit
