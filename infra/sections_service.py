@@ -66,7 +66,7 @@ class FleetConfig(Section):
         None, ge=300, le=7200, description="A new instance that does not serve in this time is ended; auto: from the boot phases."
     )
     heal_s: int = Field(
-        600, ge=180, le=7200, description="An instance whose server is away for longer is replaced; an engine starts again in less."
+        600, ge=180, le=7200, description="An instance whose server is away for longer is replaced: a start of the engine must fit in it."
     )
     drain_s: int = Field(900, ge=30, le=3600, description="How long running requests may take to finish when an instance goes.")
 
