@@ -55,8 +55,8 @@ def shrink_call(x: torch.Tensor, arena: torch.Tensor, shape: GroupShape, tiles: 
         choice.shrink_programs,
         (x, arena, scratch, *tiles[:4], shape.index, num_tiles, scratch.shape[1], x.stride(0)),
         dict(
-            K=shape.in_features, RANK_CAP=scratch.shape[2], SPLIT=choice.split_k, BLOCK_M=tiles.block_m, BLOCK_K=choice.block_k,
-            BLOCK_R=choice.shrink_block_r, num_warps=choice.shrink_warps, num_stages=choice.shrink_stages,
+            K=shape.in_features, RANK_CAP=scratch.shape[2], SPLIT=choice.split_k, MANY=choice.many_tiles, BLOCK_M=tiles.block_m,
+            BLOCK_K=choice.block_k, BLOCK_R=choice.shrink_block_r, num_warps=choice.shrink_warps, num_stages=choice.shrink_stages,
             **_common(arena, shape, choice),
         ),
     )  # fmt: skip
@@ -78,8 +78,8 @@ def expand_call(
         choice.expand_programs,
         (y, arena, scratch, *tiles[:4], shape.index, num_tiles, scratch.shape[1], y.stride(0), *stops, chunks),
         dict(
-            RANK_CAP=scratch.shape[2], SPLIT=choice.split_k, BLOCK_M=tiles.block_m, BLOCK_N=block_n, CHUNK=chunk,
-            BLOCK_R=choice.expand_block_r, num_warps=warps, num_stages=choice.expand_stages,
+            RANK_CAP=scratch.shape[2], SPLIT=choice.split_k, MANY=choice.many_tiles, BLOCK_M=tiles.block_m, BLOCK_N=block_n,
+            CHUNK=chunk, BLOCK_R=choice.expand_block_r, num_warps=warps, num_stages=choice.expand_stages,
             FRESH=fresh, **_common(arena, shape, choice),
         ),
     )  # fmt: skip

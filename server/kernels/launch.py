@@ -22,6 +22,7 @@ class Choice(NamedTuple):
 
     block_m: int  # rows of a tile; the same for every group of a step
     split_k: int  # parts of K, and planes of the scratch
+    many_tiles: int  # where more tiles than this are live, K is cut into half as many parts; 0: nowhere
     block_k: int
     shrink_block_r: int
     shrink_warps: int
@@ -55,14 +56,16 @@ class Line(NamedTuple):
     write_block_n: int
     write_chunk_n: int
     write_warps: int
+    many_tiles: int = 0
 
 
 _ANY = 1 << 30
+_LONG_K = 8192
 _TABLES: dict[str, tuple[Line, ...]] = {
     # Few rows: as many programs as can be, since each reads little. Many rows: the same factors serve 64 rows at once.
     "hopper": (
         Line(8, 16, 8, 256, 128, 128, 4, 4, 4, 0, 128, 128, 4),
-        Line(512, 16, 8, 256, 128, 512, 4, 3, 4, 8, 128, 512, 4),
+        Line(512, 16, 8, 256, 128, 512, 4, 3, 4, 8, 128, 512, 4, many_tiles=20),
         Line(_ANY, 64, 2, 256, 128, 512, 4, 3, 8, 16, 256, 1024, 4),
     ),
     # A projection, measured by nobody yet. 300 GB/s times a latency of 0.8 us is 240 KB in flight, 4 KB an SM, so half of Hopper's
@@ -117,6 +120,8 @@ def choose(card: Card, num_rows: int, shape: GroupShape, item_bytes: int = 2) ->
     return Choice(
         block_m=row.block_m,
         split_k=split_k,
+        # A short K has few parts already, and a long one is worth its own.
+        many_tiles=row.many_tiles if split_k == row.split_k and shape.in_features <= _LONG_K else 0,
         block_k=block_k,
         # Rank 16 at each of the group's sites in one go; more ranks are a loop.
         shrink_block_r={1: 16, 2: 32}.get(len(shape.columns), 64),

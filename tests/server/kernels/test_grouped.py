@@ -128,6 +128,23 @@ def test_sites_that_an_adapter_leaves_alone_and_gains_and_biases(dtype, programs
     check(shape, adapters, [0, 1, 2, 3, 4, 5, -1, 2, 2, 5, 0, -1, 1], dtype, choice)
 
 
+@pytest.mark.parametrize(("split_k", "in_features"), [(4, 96), (4, 256), (2, 40), (3, 96)])
+@pytest.mark.parametrize("many_tiles", [1, 2, 3, 6, 20])
+def test_half_the_parts_where_many_tiles_are_live(many_tiles, split_k, in_features):
+    """Three live tiles of six: more than one and two, not more than three; the planes of parts that are left out are never read."""
+    torch.manual_seed(0)
+    shape = shape_of(in_features, [16, 8])
+    adapters = [[[site(rank, in_features, out, torch.float32) for out in (16, 8)]] for rank in (3, 18, 1)]
+    choice = small_choice(split_k=split_k, many_tiles=many_tiles)
+    check(shape, adapters, [0, 1, 2, -1, 0], torch.float32, choice)
+    arena, bases = pack(adapters, torch.float32, RANK_CAP)
+    tiles = buffers(make_tiles(np.array([bases[i] for i in (0, 1, 2)]), 16), 16, spare_tiles=3)
+    scratch = new_scratch(split_k, 3, DEVICE, RANK_CAP).fill_(torch.nan)
+    grouped_kernels.shrink(torch.randn(3, in_features, device=DEVICE), arena, shape, tiles, scratch, choice)
+    written = [not plane.isnan().all() for plane in scratch]
+    assert written == [part < (split_k // 2 if many_tiles < 3 and split_k % 2 == 0 else split_k) for part in range(split_k)]
+
+
 @pytest.mark.parametrize("in_features, outs", [(13, [7, 30]), (33, [1]), (48, [20, 5, 3])])
 def test_sizes_that_are_no_multiples_of_anything(in_features, outs):
     torch.manual_seed(0)
