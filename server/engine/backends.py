@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from server.engine.graphs import MAX_MIXED_ROWS
+from server.engine.graphs import MAX_MIXED_ROWS, decode_sizes
 from server.engine.tiling import Tiling
 from server.memory.arena import Arena
 from server.model import kv_dtype
 from server.model.attention import PagedAttention
 from server.model.base import BaseModel
+from server.model.fastest import use_fastest
 from server.model.flashinfer import FlashInferAttention, why_not
 from server.types import EngineOptions
 from sizing import budget
@@ -109,6 +110,9 @@ def use_arena(base: BaseModel, options: EngineOptions, backends: Backends, memor
     if base.device.type == "cuda":
         tiling.warm_up(base.group_shapes)
         base.warm_up(options.max_batch_tokens)
+        if backends.cuda_graphs:
+            grouped = [group.product for group in base.groups if group.key is not None]
+            use_fastest(grouped, [size.num_rows for size in decode_sizes(options.max_batch_size)])
     return arena, tiling
 
 

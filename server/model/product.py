@@ -6,13 +6,14 @@ held twice. Quantized linears are one product likewise. Anything else (a subclas
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from server.model.fastest import Gemm, is_aligned
 from server.model.quantization.linear import QuantizedLinear, QuantizedProduct
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ class Product:
         # The plain weight of all [sum of outs, in] and their bias; None where something else than `linear` of them computes.
         self.weight_of_all: torch.Tensor | None = None
         self.bias_of_all: torch.Tensor | None = None
+        self.gemms: Mapping[int, Gemm] = {}  # by number of rows: what is faster than torch's own, where a plain weight has no bias
         self.in_features = modules[0].weight.shape[0] if isinstance(modules[0], Conv1D) else modules[0].in_features
         if all(isinstance(module, QuantizedLinear) for module in modules):
             self._use_quantized()
@@ -66,7 +68,12 @@ class Product:
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The product, where `weight_of_all` and `bias_of_all` were handed through an operator."""
-        return F.linear(x, weight, bias) if self._quantized is None else self._quantized(x)
+        if self._quantized is not None:
+            return self._quantized(x)
+        gemm = self.gemms.get(x.numel() // x.shape[-1])
+        if gemm is None or bias is not None or not is_aligned(x) or not is_aligned(weight):
+            return F.linear(x, weight, bias)
+        return gemm(x, weight)
 
     def weight(self, index: int) -> torch.Tensor:
         """The weight of one of the linears: [out, in]; of a quantized one what its codes stand for, in float32."""

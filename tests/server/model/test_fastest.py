@@ -1,0 +1,160 @@
+"""Which kernel a product is computed with: by measurement, and only one that computes the same."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from server.kernels import cublaslt
+from server.kernels.cublaslt import CublasError
+from server.model import fastest
+from server.model.fastest import choose, is_aligned, use_fastest
+from server.model.product import Product
+from tests.server.engine.tiny_models import DEVICE
+
+
+def aligned(*shape: int, dtype=torch.float32) -> torch.Tensor:
+    """Random numbers where a kernel may read them."""
+    size = torch.Size(shape).numel()
+    whole = torch.randn(size + cublaslt.ALIGNMENT, dtype=dtype, device=DEVICE)
+    skip = -whole.data_ptr() % cublaslt.ALIGNMENT // whole.element_size()
+    return whole[skip : skip + size].view(shape)
+
+
+def right(x, weight):
+    return F.linear(x, weight)
+
+
+def also_right(x, weight):
+    return x @ weight.T
+
+
+def wrong(x, weight):
+    return F.linear(x, weight) * 1.1
+
+
+def unwritten(x, weight):
+    return torch.full((*x.shape[:-1], len(weight)), torch.nan, device=x.device)
+
+
+def refusing(x, weight):
+    raise CublasError("cublasLtMatmul failed with status 15")
+
+
+def chosen_of(times, weights=None, row_counts=(4,)):
+    """What is chosen if the kernels, torch's own among them, take so long."""
+    gemms = [gemm for gemm in times if gemm is not F.linear]
+    weights = [aligned(8, 16)] if weights is None else weights
+    return choose(row_counts, weights, propose=lambda num_rows, weight: gemms, timer=lambda gemm, x, weights: times[gemm])
+
+
+def test_the_fastest_is_chosen():
+    assert chosen_of({F.linear: 1.0, right: 0.9, also_right: 0.8}) == {4: also_right}
+
+
+def test_torchs_own_stays_where_nothing_is_clearly_faster():
+    assert chosen_of({F.linear: 1.0, right: 0.99, also_right: 1.2}) == {}
+
+
+@pytest.mark.parametrize("broken", [wrong, unwritten, refusing])
+def test_what_computes_something_else_or_nothing_is_not_chosen(broken):
+    assert chosen_of({F.linear: 1.0, broken: 0.1, right: 0.9}) == {4: right}
+
+
+def test_a_library_that_fails_leaves_torchs_own(caplog):
+    def propose(num_rows, weight):
+        if num_rows == 8:
+            raise OSError("libcublasLt.so.13: no such file")
+        return [right]
+
+    times = {F.linear: 1.0, right: 0.5}
+    found = choose([4, 8, 16], [aligned(8, 16)], propose=propose, timer=lambda gemm, x, weights: times[gemm])
+    assert found == {4: right} and "8 rows stay torch's own: libcublasLt.so.13" in caplog.text
+
+
+def test_each_number_of_rows_has_its_own_choice_and_weights_take_turns():
+    seen = []
+
+    def timer(gemm, x, weights):
+        seen.append((x.shape[0], len(weights)))
+        return 1.0 if gemm is F.linear else 0.5 if x.shape[0] == 2 else 2.0
+
+    weights = [aligned(8, 16) for _ in range(6)]
+    assert choose([2, 4], weights, propose=lambda *_: [right], timer=timer) == {2: right}
+    assert {*seen} == {(2, 4), (4, 4)}
+
+
+def test_weights_that_lie_badly_are_left_to_torch():
+    askew = aligned(9, 16).flatten()[1:129].view(8, 16)
+    assert not is_aligned(askew) and not is_aligned(aligned(16, 8).T) and is_aligned(aligned(8, 16))
+    assert chosen_of({F.linear: 1.0, right: 0.5}, weights=[askew]) == {}
+    assert chosen_of({F.linear: 1.0, right: 0.5}, weights=[askew, aligned(8, 16)]) == {4: right}
+
+
+class Plain:
+    """As much of a product as counts."""
+
+    def __init__(self, weight, bias=None, is_quantized=False):
+        self.weight_of_all, self.bias_of_all, self.is_quantized, self.gemms = weight, bias, is_quantized, {}
+
+
+def test_products_that_are_alike_share_a_choice_and_others_have_none(monkeypatch):
+    monkeypatch.setattr(fastest, "choose", lambda row_counts, weights: {len(weights): right})
+    one, other, wide = Plain(aligned(8, 16)), Plain(aligned(8, 16)), Plain(aligned(32, 16))
+    left = [Plain(None), Plain(aligned(8, 16), bias=aligned(8)), Plain(aligned(8, 16), is_quantized=True)]
+    use_fastest([one, wide, *left, other], [4])
+    assert one.gemms == other.gemms == {2: right} and wide.gemms == {1: right}
+    assert [product.gemms for product in left] == [{}, {}, {}]
+
+
+def test_a_product_takes_its_choice_for_that_number_of_rows_alone():
+    module = torch.nn.Linear(16, 8, bias=False, device=DEVICE)
+    product = Product([module])
+    weight, calls = aligned(8, 16), []
+    product.gemms = {4: lambda x, weight: calls.append(x.shape) or F.linear(x, weight)}
+    for x in (aligned(4, 16), aligned(1, 4, 16), aligned(3, 16), aligned(5, 16).flatten()[1:65].view(4, 16)):
+        assert torch.equal(product.linear(x, weight, None), F.linear(x, weight))
+    assert torch.equal(product.linear(aligned(4, 16), weight, aligned(8)).isfinite(), torch.ones(4, 8, dtype=torch.bool, device=DEVICE))
+    assert calls == [(4, 16), (1, 4, 16)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU: MANYLORA_TEST_DEVICE=cuda")
+class TestOnTheCard:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("num_rows, out, inner", [(2, 384, 256), (24, 6144, 4096), (64, 4096, 14336), (256, 4096, 4096)])
+    def test_every_proposal_computes_the_product(self, num_rows, out, inner, dtype):
+        weight = torch.randn(out, inner, device=DEVICE, dtype=dtype) / inner**0.5
+        proposed = cublaslt.gemms(num_rows, weight)
+        assert proposed
+        for gemm in proposed:
+            x = torch.randn(num_rows, inner, device=DEVICE, dtype=dtype)
+            want = x.double() @ weight.double().T
+            poison = torch.full((num_rows, out), torch.nan, device=DEVICE, dtype=dtype)
+            del poison  # what new_empty gets next
+            y = gemm(x, weight)
+            assert y.shape == (num_rows, out) and (y.double() - want).norm() <= 4e-3 * want.norm()
+
+    def test_in_a_graph_it_reads_what_is_there_at_replay(self):
+        weight = torch.randn(512, 256, device=DEVICE, dtype=torch.bfloat16) / 16
+        gemm, x = cublaslt.gemms(16, weight)[0], torch.zeros(16, 256, device=DEVICE, dtype=torch.bfloat16)
+        gemm(x, weight)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = gemm(x, weight)
+        for _ in range(3):
+            x.normal_()
+            graph.replay()
+            want = x.double() @ weight.double().T
+            assert (y.double() - want).norm() <= 4e-3 * want.norm()
+
+    def test_what_real_measurements_choose_is_right(self):
+        weights = [torch.randn(4096, 14336, device=DEVICE, dtype=torch.bfloat16) / 120 for _ in range(4)]
+        assert fastest.seconds_of(F.linear, aligned(64, 14336, dtype=torch.bfloat16), weights) > 0
+        for num_rows, gemm in choose([16, 64, 128], weights).items():
+            x = torch.randn(num_rows, 14336, device=DEVICE, dtype=torch.bfloat16)
+            want = x.double() @ weights[0].double().T
+            assert (gemm(x, weights[0]).double() - want).norm() <= 4e-3 * want.norm()
+
+    def test_a_type_that_it_has_no_kernels_for(self):
+        assert cublaslt.gemms(4, torch.randn(8, 16, device=DEVICE)) == []
