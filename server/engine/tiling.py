@@ -19,7 +19,7 @@ _Operands = tuple[torch.Tensor, GroupShape, Tiles, torch.Tensor, Choice]  # aren
 
 
 class Tiling:
-    """Tiles for steps of up to `max_rows` rows, and `around`, which runs a group's product with its deltas."""
+    """Tiles for steps of up to `max_rows` rows, and what runs a group's product with its deltas (model.linear's TileDeltas)."""
 
     def __init__(
         self,
@@ -28,9 +28,9 @@ class Tiling:
         max_rows: int,
         choose: Callable[[Card, int, GroupShape, int], Choice] = choose,
     ) -> None:
-        from server.kernels import grouped_kernels  # needs Triton
+        from server.kernels import gated_kernels, grouped_kernels  # need Triton
 
-        self._kernels, self._state, self._arena, self._device = grouped_kernels, state, arena, arena.device
+        self._kernels, self._gated, self._state, self._arena, self._device = grouped_kernels, gated_kernels, state, arena, arena.device
         self._choose = choose
         self.card = self._card()
         self.max_rows = max_rows
@@ -54,6 +54,9 @@ class Tiling:
                     self._state.tiles, self._state.has_gains = tiles, not adds
                     try:
                         self.around(x, shape, lambda y=y: y, lambda y: None)
+                        if not adds and self._gated.is_gated(shape):
+                            self.gated(x, shape, lambda y=y: y)
+                            self.silu_mul(y)
                     finally:
                         self._state.clear()
 
@@ -93,6 +96,19 @@ class Tiling:
             y = compute()
             self._kernels.apply_group(y, x, *operands)
         return y
+
+    def gated(self, x: torch.Tensor, shape: GroupShape, compute: Compute) -> torch.Tensor:
+        """x [rows, in] -> silu(gate) * up [rows, half of sum of outs] of the product `compute()` and the rows' deltas. For steps without
+        gains, and tiles that hold every row."""
+        operands = self._operands(shape, self._choice(x.shape[0], shape)._replace(pdl=False))  # the product runs in between
+        self._kernels.shrink(x, *operands)
+        out = torch.empty(x.shape[0], shape.out_features // 2, dtype=x.dtype, device=x.device)
+        self._gated.gate(compute(), *operands, out)
+        return out
+
+    def silu_mul(self, y: torch.Tensor) -> torch.Tensor:
+        """y [rows, 2 width] -> silu(gate) * up [rows, width]."""
+        return self._gated.silu_mul(y)
 
     def apart(self, x: torch.Tensor, shape: GroupShape, compute: Compute) -> tuple[torch.Tensor, torch.Tensor]:
         """x [rows, in] -> the product `compute()` and the rows' deltas, both [rows, sum of outs]; where a step is captured, computed beside

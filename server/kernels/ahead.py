@@ -48,9 +48,11 @@ class _Target:
 
 
 def compile_pair(job: Job) -> list:
-    """Triton's compiled shrink, expand and write. It replaces the process's Triton driver: call it where nothing is launched."""
+    """Triton's compiled shrink, expand and write, and of a gated MLP's group gate. It replaces the process's Triton driver: call it where
+    nothing is launched."""
     from triton.runtime import driver
 
+    from server.kernels.gated_kernels import gate_call, is_gated
     from server.kernels.grouped_kernels import expand_call, shrink_call, write_call
 
     driver.set_active(_Target(job.capability))
@@ -68,7 +70,11 @@ def compile_pair(job: Job) -> list:
         x = torch.empty(num_rows, job.shape.in_features, dtype=job.dtype)
         y = torch.empty(num_rows, job.shape.out_features, dtype=job.dtype)
         operands = arena, job.shape, tiles, scratch, choice
-        return [call.compile() for call in (shrink_call(x, *operands), expand_call(y, *operands), write_call(y, *operands))]
+        calls = [shrink_call(x, *operands), expand_call(y, *operands), write_call(y, *operands)]
+        if is_gated(job.shape):
+            calls.append(shrink_call(x, *operands[:-1], choice._replace(pdl=False)))
+            calls.append(gate_call(y, *operands, torch.empty(num_rows, y.shape[1] // 2, dtype=job.dtype)))
+        return [call.compile() for call in calls]
 
 
 def compile_ahead(jobs: Iterable[Job], num_processes: int | None = None) -> None:

@@ -159,7 +159,7 @@ def apply_group_reference(
         y[m, n] = gain[n] * y[m, n] + scale * sum_r (x[m] . A[r]) * B[r - r_start, n] + bias[n]
     """
     for base, start, length in zip(tiles.tile_base.tolist(), tiles.tile_start.tolist(), tiles.tile_len.tolist(), strict=True):
-        if base == NONE:
+        if base in (NONE, ZERO):
             continue
         rows = tiles.row_ids[start : start + length].long()  # [rows of the tile]
         out = y[rows].to(dtype)  # [rows of the tile, sum of outs]

@@ -57,7 +57,7 @@ def shrink_call(x: torch.Tensor, arena: torch.Tensor, shape: GroupShape, tiles: 
         dict(
             K=shape.in_features, RANK_CAP=scratch.shape[2], SPLIT=choice.split_k, MANY=choice.many_tiles, BLOCK_M=tiles.block_m,
             BLOCK_K=choice.block_k, BLOCK_R=choice.shrink_block_r, num_warps=choice.shrink_warps, num_stages=choice.shrink_stages,
-            **_common(arena, shape, choice),
+            **common_options(arena, shape, choice),
         ),
     )  # fmt: skip
 
@@ -80,7 +80,7 @@ def expand_call(
         dict(
             RANK_CAP=scratch.shape[2], SPLIT=choice.split_k, MANY=choice.many_tiles, BLOCK_M=tiles.block_m, BLOCK_N=block_n,
             CHUNK=chunk, BLOCK_R=choice.expand_block_r, num_warps=warps, num_stages=choice.expand_stages,
-            FRESH=fresh, **_common(arena, shape, choice),
+            FRESH=fresh, **common_options(arena, shape, choice),
         ),
     )  # fmt: skip
 
@@ -94,18 +94,18 @@ def shrink(x: torch.Tensor, arena: torch.Tensor, shape: GroupShape, tiles: Tiles
     """x [rows, in] times each row's A, into `scratch` [split_k, row_cap, rank_cap]. It needs no y: it may run beside the base's product.
 
     ValueError if types or shapes do not fit each other. Ranks beyond rank_cap are refused where descriptors are made (`describe`)."""
-    _launch(shrink_call, x, arena, shape, tiles, scratch, choice)
+    launch_call(shrink_call, x, arena, shape, tiles, scratch, choice)
 
 
 def expand(y: torch.Tensor, arena: torch.Tensor, shape: GroupShape, tiles: Tiles, scratch: torch.Tensor, choice: Choice) -> None:
     """The deltas of shrink's scratch added to y [rows, sum of outs], in place. ValueError as of `shrink`."""
-    _launch(expand_call, y, arena, shape, tiles, scratch, choice)
+    launch_call(expand_call, y, arena, shape, tiles, scratch, choice)
 
 
 def write(y: torch.Tensor, arena: torch.Tensor, shape: GroupShape, tiles: Tiles, scratch: torch.Tensor, choice: Choice) -> None:
     """The deltas of shrink's scratch written to y [rows, sum of outs], whatever was there: nought where an adapter does nothing, and in
     the rows of ZERO tiles. Gains, which need the base's product, do not count. ValueError as of `shrink`."""
-    _launch(write_call, y, arena, shape, tiles, scratch, choice)
+    launch_call(write_call, y, arena, shape, tiles, scratch, choice)
 
 
 def apply_group(
@@ -128,28 +128,38 @@ class _Prepared(NamedTuple):
     most: int
 
 
-_NUM_ARGS = 11  # of either kernel, before its constants
+_NUM_ARGS = 11  # of every kernel, before its constants and whatever tensor one has in addition
 _prepared: dict[tuple, _Prepared] = {}
 
 
-def _launch(
+def launch_call(
     make_call: Callable[..., Call], rows: torch.Tensor, arena: torch.Tensor, shape: GroupShape, tiles: Tiles, scratch: torch.Tensor,
-    choice: Choice,
+    choice: Choice, *out: torch.Tensor,
 ) -> None:  # fmt: skip
+    """Launch what `make_call` of all this makes; by what was compiled before, where there is such."""
     # Triton's own way from a call to a launch binds and specializes some twenty arguments: 100 us a pair and more, 128 pairs a step. So
     # what was compiled for the same shapes, strides and alignment is launched directly; what differs otherwise is an argument.
     stride = rows.stride(0)
-    key = (make_call, shape[:2], choice, arena.dtype, rows.device.index, scratch.shape[2], stride, rows.data_ptr() % 16)
+    key = (
+        make_call,
+        shape[:2],
+        choice,
+        arena.dtype,
+        rows.device.index,
+        scratch.shape[2],
+        stride,
+        *(one.data_ptr() % 16 for one in (rows, *out)),
+    )
     prepared = _prepared.get(key)
     if prepared is None:
-        call = make_call(rows, arena, shape, tiles, scratch, choice)
+        call = make_call(rows, arena, shape, tiles, scratch, choice, *out)
         compiled = call.launch()
         if not triton.knobs.runtime.interpret:
-            _prepared[key] = _Prepared(compiled, (*call.args[_NUM_ARGS:], *call.constants), call.per_tile, call.most)
+            _prepared[key] = _Prepared(compiled, (*call.args[_NUM_ARGS + len(out) :], *call.constants), call.per_tile, call.most)
         return
     num_tiles = tiles.tile_base.numel()
     grid = (_num_programs(num_tiles * prepared.per_tile, prepared.most), 1, 1)
-    prepared.compiled[grid](rows, arena, scratch, *tiles[:4], shape.index, num_tiles, scratch.shape[1], stride, *prepared.constants)
+    prepared.compiled[grid](rows, arena, scratch, *tiles[:4], shape.index, num_tiles, scratch.shape[1], stride, *out, *prepared.constants)
 
 
 def _stops(shape: GroupShape) -> list[int]:
@@ -163,7 +173,8 @@ def _num_programs(items: int, most: int) -> int:
     return max(1, min(items, most) if most else items)
 
 
-def _common(arena: torch.Tensor, shape: GroupShape, choice: Choice) -> dict:
+def common_options(arena: torch.Tensor, shape: GroupShape, choice: Choice) -> dict:
+    """Options that depend on the arena's type and the card."""
     interpreted = triton.knobs.runtime.interpret
     # The interpreter multiplies bfloat16 as if it were integers.
     return {

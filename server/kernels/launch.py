@@ -37,6 +37,9 @@ class Choice(NamedTuple):
     write_block_n: int  # of an expand that writes and does not read
     write_chunk: int
     write_warps: int
+    gate_block_n: int  # of the activation that adds gate's and up's deltas
+    gate_chunk: int
+    gate_warps: int
     pdl: bool
 
 
@@ -56,6 +59,9 @@ class Line(NamedTuple):
     write_block_n: int
     write_chunk_n: int
     write_warps: int
+    gate_block_n: int
+    gate_chunk_n: int
+    gate_warps: int
     many_tiles: int = 0
 
 
@@ -64,22 +70,22 @@ _LONG_K = 8192
 _TABLES: dict[str, tuple[Line, ...]] = {
     # Few rows: as many programs as can be, since each reads little. Many rows: the same factors serve 64 rows at once.
     "hopper": (
-        Line(8, 16, 8, 256, 128, 128, 4, 4, 4, 0, 128, 128, 4),
-        Line(512, 16, 8, 256, 128, 512, 4, 3, 4, 8, 128, 512, 4, many_tiles=20),
-        Line(_ANY, 64, 2, 256, 128, 512, 4, 3, 8, 16, 256, 1024, 4),
+        Line(8, 16, 8, 256, 128, 128, 4, 4, 4, 0, 128, 128, 4, 32, 128, 4),
+        Line(512, 16, 8, 256, 128, 512, 4, 3, 4, 8, 128, 512, 4, 32, 128, 4, many_tiles=20),
+        Line(_ANY, 64, 2, 256, 128, 512, 4, 3, 8, 16, 256, 1024, 4, 64, 512, 4),
     ),
     # A projection, measured by nobody yet. 300 GB/s times a latency of 0.8 us is 240 KB in flight, 4 KB an SM, so half of Hopper's
     # split fills the card; 100 KB of shared memory an SM hold three programs of 3 x (16 + 64) x 64 elements; no PDL before sm_90.
     "ada": (
-        Line(8, 16, 8, 128, 128, 128, 4, 3, 4, 0, 128, 128, 4),
-        Line(512, 16, 4, 128, 128, 512, 4, 3, 4, 8, 128, 512, 4),
-        Line(_ANY, 64, 1, 64, 128, 512, 4, 3, 4, 8, 128, 512, 4),
+        Line(8, 16, 8, 128, 128, 128, 4, 3, 4, 0, 128, 128, 4, 32, 128, 4),
+        Line(512, 16, 4, 128, 128, 512, 4, 3, 4, 8, 128, 512, 4, 32, 128, 4),
+        Line(_ANY, 64, 1, 64, 128, 512, 4, 3, 4, 8, 128, 512, 4, 32, 256, 4),
     ),
     # Anything else with Triton: Ada's row, whose needs any card since Ampere meets.
     "generic": (
-        Line(8, 16, 8, 128, 128, 128, 4, 3, 4, 0, 128, 128, 4),
-        Line(512, 16, 4, 128, 128, 512, 4, 3, 4, 8, 128, 512, 4),
-        Line(_ANY, 64, 1, 64, 128, 512, 4, 3, 4, 8, 128, 512, 4),
+        Line(8, 16, 8, 128, 128, 128, 4, 3, 4, 0, 128, 128, 4, 32, 128, 4),
+        Line(512, 16, 4, 128, 128, 512, 4, 3, 4, 8, 128, 512, 4, 32, 128, 4),
+        Line(_ANY, 64, 1, 64, 128, 512, 4, 3, 4, 8, 128, 512, 4, 32, 256, 4),
     ),
 }
 
@@ -117,6 +123,7 @@ def choose(card: Card, num_rows: int, shape: GroupShape, item_bytes: int = 2) ->
 
     block_n, chunk = columns(row.block_n, row.chunk_n)
     write_block_n, write_chunk = columns(row.write_block_n, row.write_chunk_n)
+    gate_block_n, gate_chunk = columns(row.gate_block_n, row.gate_chunk_n)
     return Choice(
         block_m=row.block_m,
         split_k=split_k,
@@ -137,6 +144,9 @@ def choose(card: Card, num_rows: int, shape: GroupShape, item_bytes: int = 2) ->
         write_block_n=write_block_n,
         write_chunk=write_chunk,
         write_warps=row.write_warps,
+        gate_block_n=gate_block_n,
+        gate_chunk=gate_chunk,
+        gate_warps=row.gate_warps,
         pdl=card.pdl,
     )
 

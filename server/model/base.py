@@ -20,6 +20,7 @@ from server.model.adapter import AdapterPlacer, DeviceAdapter, HostAdapter
 from server.model.attention import AttentionShape, PagedAttention
 from server.model.flashinfer import FlashInferAttention
 from server.model.forward import ForwardState
+from server.model.fusion import FuseActivations
 from server.model.layers import KeysWritten, Layers
 from server.model.linear import HeadGroup, SiteGroup, TileDeltas
 from server.model.overrides import EmbeddingSite, ReplacedModule
@@ -176,8 +177,9 @@ class BaseModel:
         for replaced in self._replaced.values():
             replaced.uninstall()
         self._replaces_apart = True
+        passes = {"pre_grad_custom_pass": FuseActivations()}
         for layer in self.layers.modules if compile_layers else ():
-            layer.compile(dynamic=True)
+            layer.compile(dynamic=True, options=passes)
         self.compiles = compile_layers
 
     @contextmanager

@@ -32,6 +32,12 @@ class TileDeltas(Protocol):
     def apart(self, x: torch.Tensor, shape: GroupShape, compute: Compute) -> tuple[torch.Tensor, torch.Tensor]:
         """The product and the deltas, two tensors [rows, sum of outs]. For steps without gains."""
 
+    def gated(self, x: torch.Tensor, shape: GroupShape, compute: Compute) -> torch.Tensor:
+        """silu(gate) * up of the product with its deltas: [rows, half of sum of outs]. For steps without gains, and tiles of every row."""
+
+    def silu_mul(self, y: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up of a whole product y [rows, sum of outs]: [rows, half of it]."""
+
 
 class SiteGroup:
     """Linears that read the same tensor. Columns [start, stop) of the group's product belong to each."""
@@ -126,6 +132,15 @@ class SiteGroup:
         flat_x = x.reshape(-1, x.shape[-1])
         both = self._deltas.apart(flat_x, self.shape, lambda: self.product.linear(flat_x, weight, bias))
         return tuple(y.view(*x.shape[:-1], -1) for y in both)
+
+    def call_gated(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """What the operator gated means: silu of the first site's columns times the second's, with deltas: [.., half of sum of outs]."""
+        flat_x, state = x.reshape(-1, x.shape[-1]), self.state
+        if state.tiles is not None and state.touched >> self.index & 1 and not state.has_gains and len(self.columns) == 2:
+            out = self._deltas.gated(flat_x, self.shape, lambda: self.product.linear(flat_x, weight, bias))
+        else:
+            out = self._deltas.silu_mul(self.call(flat_x, weight, bias))
+        return out.view(*x.shape[:-1], -1)
 
     def _add_deltas(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         segments = self.segments()

@@ -46,6 +46,14 @@ def _linear_apart_shape(
     return _linear_shape(x, weight, bias, key), _linear_shape(x, weight, bias, key)
 
 
+def _gated(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor:
+    return _seams[key.item()].call_gated(x, weight, bias)
+
+
+def _gated_shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
+
+
 def _add_delta(y: torch.Tensor, x: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     return _seams[key.item()].call(y, x)
 
@@ -66,6 +74,7 @@ _library = torch.library.Library("manylora", "DEF")
 for _name, _schema, _function, _shape in (
     ("linear", "(Tensor x, Tensor weight, Tensor? bias, Tensor key) -> Tensor", _linear, _linear_shape),
     ("linear_apart", "(Tensor x, Tensor weight, Tensor? bias, Tensor key) -> (Tensor, Tensor)", _linear_apart, _linear_apart_shape),
+    ("gated", "(Tensor x, Tensor weight, Tensor? bias, Tensor key) -> Tensor", _gated, _gated_shape),
     ("add_delta", "(Tensor y, Tensor x, Tensor key) -> Tensor", _add_delta, _add_delta_shape),
     ("attend", "(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor key) -> Tensor", _attend, _attend_shape),
 ):

@@ -99,5 +99,5 @@ def buffers(arrays: TileArrays, block_m: int, *, spare_tiles: int = 0, spare_row
 
 def small_choice(**changes) -> Choice:
     """Blocks as small as they can be, so that small shapes have many of them."""
-    small = Choice(16, 3, 0, 32, 16, 4, 2, 5, 16, 3, 16, 4, 2, 7, 32, 2, 4, pdl=False)
+    small = Choice(16, 3, 0, 32, 16, 4, 2, 5, 16, 3, 16, 4, 2, 7, 32, 2, 4, 16, 2, 4, pdl=False)
     return small._replace(**changes)

@@ -19,7 +19,8 @@ from server.kernels.launch import card_of, choose
 found = []
 capability = tuple(json.loads(sys.argv[1]))
 three, one = GroupShape(4096, ((0, 4096), (4096, 5120), (5120, 6144)), 3), GroupShape(14336, ((0, 4096),), 1)
-for num_rows, shape in ((64, three), (2048, three), (1, one), (2048, one)):
+gated = GroupShape(4096, ((0, 14336), (14336, 28672)), 2)
+for num_rows, shape in ((64, three), (2048, three), (1, one), (2048, one), (64, gated), (2048, gated)):
     job = Job(capability, torch.bfloat16, shape, choose(card_of(capability, 58), num_rows, shape))
     found += [kernel.asm["ptx"] for kernel in compile_pair(job)]
 print(json.dumps(found))
@@ -35,7 +36,12 @@ def test_factors_are_loaded_as_vectors(capability, tmp_path):
     result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     for ptx in json.loads(result.stdout):
-        # A and x come by 16-byte asynchronous copies, B and y by 16-byte loads; gain and bias are one row and may be scalars.
-        assert "cp.async.cg.shared.global" in ptx or ptx.count("ld.global.v4.b32") >= 2
-        assert ptx.count("ld.global.b16") <= 2
-        assert ("griddepcontrol.wait" in ptx) == (capability >= (9, 0))
+        # A and x come by 16-byte asynchronous copies, B and y by 16-byte loads; gain and bias are one row and may be scalars. A small block
+        # of the activation has 8 bytes for a thread.
+        is_gate = ".globl\tgate_kernel" in ptx
+        wide = ptx.count("ld.global.v4.b32") + is_gate * ptx.count("ld.global.v2.b32")
+        assert "cp.async.cg.shared.global" in ptx or wide >= 2
+        assert ptx.count("ld.global.b16") <= (32 if is_gate else 2)  # the biases of two sites, where there are any
+    # The activation, and the shrink before it, follow the base's product, not each other alone: two kernels of each gated group.
+    num_dependent = sum("griddepcontrol.wait" in ptx for ptx in json.loads(result.stdout))
+    assert num_dependent == (3 * 6 if capability >= (9, 0) else 0) and len(json.loads(result.stdout)) == 3 * 6 + 2 * 2
