@@ -1,7 +1,7 @@
 """Quantized bases with adapters on top: speed and memory on a GPU, and what rounding does to the embedded model's perplexity.
 
     python -m benchmarks.gpu_quant --out rows.jsonl                      # on the GPU: every scheme, as long as --limit-s allows
-    python -m benchmarks.gpu_quant --option max_batch_tokens=4096 kv_cache_dtype=fp8 --out rows.jsonl     # keys and values in e4m3
+    python -m benchmarks.gpu_quant --option kv_cache_dtype=fp8 --out rows.jsonl     # keys and values in e4m3
     python -m benchmarks.gpu_quant --engine vllm --vllm-site DIR --out rows.jsonl   # vLLM's fp8 and AWQ on the same cases
     python -m benchmarks.gpu_quant --perplexity --out perplexity.jsonl   # on a CPU, with the embedded model
     python -m benchmarks.gpu_quant --perplexity --kv --out kv.jsonl      # the same of keys and values in fewer bits
@@ -165,7 +165,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--limit-s", type=float, default=520.0, help="seconds for the whole call (520)")
     parser.add_argument("--scheme-limit-s", type=float, default=240.0, help="seconds for one scheme (240)")
     parser.add_argument("--least-s", type=float, default=45.0, help="seconds without which a scheme is not begun (45)")
-    parser.add_argument("--option", nargs="*", type=option, default=[("max_batch_tokens", "4096")], metavar="NAME=VALUE")
+    parser.add_argument("--option", nargs="*", type=option, default=[], metavar="NAME=VALUE", help="fields of EngineOptions, for ours")
     parser.add_argument("--commit", help="the commit that is measured, where git cannot say it")
     arguments: Any = parser.parse_args(argv)
     return arguments

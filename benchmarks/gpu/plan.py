@@ -65,7 +65,7 @@ def default_options(plan: Plan) -> dict[str, Any]:
         "model_dir": plan.model_dir,
         "device": plan.device,
         "max_batch_size": of.max_running,
-        "max_batch_tokens": max(2048, of.max_running),
+        "max_batch_tokens": of.max_batch_tokens,
         "max_sequence_len": of.max_sequence_len,
         "prefix_caching": False,
     }

@@ -63,6 +63,7 @@ class Sizes:
     prompt_len: int
     num_new: int
     max_running: int  # sequences a step, in every engine
+    max_batch_tokens: int  # tokens a step, in ours: what vLLM takes by itself on a card of 80 GB
     max_sequence_len: int
     decode_batches: tuple[int, ...]
     decode_prompt_len: int
@@ -79,6 +80,7 @@ FULL = Sizes(
     prompt_len=256,
     num_new=128,
     max_running=256,
+    max_batch_tokens=16384,
     max_sequence_len=2048,
     decode_batches=(1, 64, 256),
     decode_prompt_len=16,
@@ -94,6 +96,7 @@ TINY = Sizes(
     prompt_len=12,
     num_new=5,
     max_running=4,
+    max_batch_tokens=2048,
     max_sequence_len=64,
     decode_batches=(1, 2),
     decode_prompt_len=4,

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 Gemm = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x [.., in], weight [out, in] -> [.., out]
 Timer = Callable[[Gemm, torch.Tensor, Sequence[torch.Tensor]], float]
 WORTH = 0.98  # of torch's time: less is what two measurements of the same kernel differ by
+MAX_ROWS_BESIDE = 64  # more rows, with deltas computed beside the product: what is fastest alone leaves those less of the card (LOG.md)
 MOST_ERROR = 1e-2  # of the result's norm, in bfloat16 and float16
 _NUM_WEIGHTS, _NUM_LAUNCHES, _NUM_REPEATS = 4, 8, 3
 

@@ -130,7 +130,7 @@ class SiteGroup:
     def call_apart(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """What the operator linear_apart means: the product and, beside it, its rows' deltas."""
         flat_x = x.reshape(-1, x.shape[-1])
-        both = self._deltas.apart(flat_x, self.shape, lambda: self.product.linear(flat_x, weight, bias))
+        both = self._deltas.apart(flat_x, self.shape, lambda: self.product.linear(flat_x, weight, bias, shares_card=True))
         return tuple(y.view(*x.shape[:-1], -1) for y in both)
 
     def call_gated(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

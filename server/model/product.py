@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from server.model.fastest import Gemm, is_aligned
+from server.model.fastest import MAX_ROWS_BESIDE, Gemm, is_aligned
 from server.model.quantization.linear import QuantizedLinear, QuantizedProduct
 
 log = logging.getLogger(__name__)
@@ -66,11 +66,13 @@ class Product:
         """Whether only `linear` can multiply: `weight_of_all` says the shape alone."""
         return self._quantized is not None
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """The product, where `weight_of_all` and `bias_of_all` were handed through an operator."""
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, shares_card: bool = False) -> torch.Tensor:
+        """The product, where `weight_of_all` and `bias_of_all` were handed through an operator. `shares_card`: deltas are computed at the
+        same time."""
         if self._quantized is not None:
             return self._quantized(x)
-        gemm = self.gemms.get(x.numel() // x.shape[-1])
+        num_rows = x.numel() // x.shape[-1]
+        gemm = None if shares_card and num_rows > MAX_ROWS_BESIDE else self.gemms.get(num_rows)
         if gemm is None or bias is not None or not is_aligned(x) or not is_aligned(weight):
             return F.linear(x, weight, bias)
         return gemm(x, weight)

@@ -35,7 +35,8 @@ def test_both_engines_on_every_case(work, tmp_path, vllm_site, capsys):
     assert all(row["versions"]["vllm"] == "0.0" for row in rows if row["engine"] == "vllm")
     stats = [row["stats"] for row in rows if row["engine"] == "ours" and "stats" in row]
     assert all(each["num_cached_tokens"] == 0 for each in stats)
-    assert stats[-1]["num_adapters_device"] == 3 + 5  # every one has weights of its own: none was folded into another
+    # Every one has weights of its own: none was folded into another. The many have a start of their own.
+    assert [each["num_adapters_device"] for each in stats if each["num_adapters_device"]] == [3] * (len(stats) - 2) + [5] * 2
     starts = [json.loads(line) for line in (work / "models" / "llm.jsonl").read_text().splitlines()]
     assert [(start["enable_lora"], start["max_loras"], start["max_cpu_loras"]) for start in starts] == [
         (False, 1, None), (True, 3, 3), (True, 2, 5), (True, 4, 5),

@@ -117,6 +117,15 @@ def test_a_product_takes_its_choice_for_that_number_of_rows_alone():
     assert calls == [(4, 16), (1, 4, 16)]
 
 
+def test_with_many_rows_beside_deltas_torchs_own_is_taken():
+    product, weight, calls = Product([torch.nn.Linear(16, 8, bias=False, device=DEVICE)]), aligned(8, 16), []
+    product.gemms = dict.fromkeys((64, 96), lambda x, weight: calls.append(len(x)) or F.linear(x, weight))
+    for shares_card in (False, True):
+        for num_rows in (64, 96):
+            product.linear(aligned(num_rows, 16), weight, None, shares_card=shares_card)
+    assert calls == [64, 96, 64]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU: MANYLORA_TEST_DEVICE=cuda")
 class TestOnTheCard:
