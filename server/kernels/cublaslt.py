@@ -115,5 +115,6 @@ def gemms(num_rows: int, weight: torch.Tensor) -> list[Callable[[torch.Tensor, t
     bfloat16 and float16. CublasError or OSError if the library cannot be used."""
     if weight.dtype not in _TYPES:
         return []
-    problem = _Problem(num_rows, *weight.shape, weight.dtype, weight.device)
+    out, inner = weight.shape
+    problem = _Problem(num_rows, out, inner, weight.dtype, weight.device)
     return [Gemm(problem, proposal) for proposal in problem.proposals()]

@@ -8,6 +8,7 @@ the host; products of other sizes stay torch's. Called where the engine's parts 
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,6 +41,8 @@ def use_fastest(products: Iterable["Product"], row_counts: Sequence[int]) -> Non
         num_chosen += len(chosen)
         for product in same:
             product.gemms = chosen
+        if chosen and same[0].weight_of_all.is_cuda:
+            torch.cuda.empty_cache()  # what the trials' graphs took
     if alike:
         num_sizes, took_s = len(row_counts) * len(alike), time.monotonic() - started_at
         log.info("%d of %d sizes of products have a faster kernel than torch's first; tried in %.1f s", num_chosen, num_sizes, took_s)
@@ -66,8 +69,8 @@ def choose(
         try:
             right = [gemm for gemm in propose(num_rows, some[0]) if _is_right(gemm, x, some[0])]
             times = [timer(gemm, x, some) for gemm in (F.linear, *right)]
-        except (CublasError, OSError) as error:
-            log.warning("products of %d rows stay torch's own: %s", num_rows, error)
+        except (RuntimeError, OSError, AttributeError) as error:  # of CUDA, out of memory, no such library, no such function in it
+            log.warning("products of %d rows and more stay torch's own: %s", num_rows, error)
             return chosen
         best = min(range(len(times)), key=times.__getitem__)
         if times[best] < WORTH * times[0]:
@@ -89,10 +92,16 @@ def _is_right(gemm: Gemm, x: torch.Tensor, weight: torch.Tensor) -> bool:
     return bool((y - want).norm() <= MOST_ERROR * want.norm())  # never of NaN
 
 
+@cache
+def _side(device: torch.device) -> torch.cuda.Stream:
+    """One for all trials: torch keeps a workspace for cuBLAS, up to 32 MB, for every stream that it was ever called on."""
+    return torch.cuda.Stream(device)
+
+
 def seconds_of(gemm: Gemm, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> float:
     """The least of a few measurements on the GPU: some launches as a graph, which take weights in turn so that none is in the cache."""
     device = x.device
-    side = torch.cuda.Stream(device)
+    side = _side(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
         gemm(x, weights[0])
