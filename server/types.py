@@ -1,6 +1,7 @@
 """Types that the API process and the engine process share. Plain data (msgspec), no behaviour, no torch.
 
 Owns the shapes of: what a request asks of the engine, what the base model looks like to an adapter, what a packed adapter holds.
+`gc=False`: of these there are hundreds for an adapter or a step, in no cycle; Python's collector would look at all of them in mid-step.
 """
 
 from typing import Literal
@@ -63,7 +64,7 @@ class EngineRequest(msgspec.Struct, frozen=True):
     weight: float = 1.0
 
 
-class Logprob(msgspec.Struct, frozen=True, array_like=True):
+class Logprob(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Log probability of one token and, likeliest first, of its `top` alternatives as (token id, log probability).
 
     In a prompt's first position `logprob` is None."""
@@ -73,7 +74,7 @@ class Logprob(msgspec.Struct, frozen=True, array_like=True):
     top: list[tuple[int, float]] = []
 
 
-class SequenceOutput(msgspec.Struct, omit_defaults=True):
+class SequenceOutput(msgspec.Struct, omit_defaults=True, gc=False):
     """What one step (or a failure) brought for one request. `finish_reason` set: the last message for it."""
 
     request_id: str
@@ -131,16 +132,16 @@ class BaseLayout(msgspec.Struct, frozen=True):
     weight_hashes: dict[str, str] = {}
 
 
-class PackedTensor(msgspec.Struct, frozen=True, array_like=True):
+class PackedTensor(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Where a tensor lies in a pack's data: byte offset, shape; dtype is the pack's. Row-major.
 
     The offset is a multiple of 64, except that the `a` of a group's sites follow each other without a gap."""
 
     offset: int
-    shape: list[int]
+    shape: tuple[int, ...]
 
 
-class PackedSite(msgspec.Struct, frozen=True, omit_defaults=True):
+class PackedSite(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """What an adapter does at one site.
 
     linear: y + scale * (x @ a.T) @ b (+ bias); embedding: y + scale * a[ids] @ b.

@@ -165,7 +165,7 @@ class _Layout:
             offset = self.end if adjacent else _aligned(self.end)
             self.order.append((offset, part))
             self.end = offset + math.prod(part.shape) * self._item_bytes
-            self._placed[id(part)] = PackedTensor(offset, list(part.shape))
+            self._placed[id(part)] = PackedTensor(offset, tuple(part.shape))
         return self._placed[id(part)]
 
     def place_sites(self, sites: Iterable[SiteParts]) -> list[PackedSite]:

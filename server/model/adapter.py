@@ -161,7 +161,7 @@ class AdapterPlacer:
         matrix = None
         if with_rank:
             first, rank = with_rank[0].a, sum(p.rank for p in with_rank)
-            matrix = view(PackedTensor(first.offset, [rank, first.shape[1]]))  # siblings lie next to each other: [sum of ranks, in]
+            matrix = view(PackedTensor(first.offset, (rank, first.shape[1])))  # siblings lie next to each other: [sum of ranks, in]
         parts, row = [], 0
         for packed, name in members:
             start, stop = self._place_of[name][1]
