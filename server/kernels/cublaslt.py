@@ -5,11 +5,12 @@ torch has loaded, called through ctypes: a launch costs microseconds of Python, 
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 
+NOT_SUPPORTED = 15  # cublasStatus_t
 ALIGNMENT = 256  # bytes: what the heuristic takes for granted of every operand
 NUM_PROPOSED = 16
 _TYPES = {torch.bfloat16: 14, torch.float16: 2}  # cudaDataType_t
@@ -31,7 +32,11 @@ class _Proposal(ctypes.Structure):
 
 
 class CublasError(RuntimeError):
-    """A call of the library that failed, by its status."""
+    """A call of the library that failed, with its status."""
+
+    def __init__(self, function: str, status: int) -> None:
+        super().__init__(f"{function} failed with status {status}")
+        self.status = status
 
 
 @cache
@@ -43,7 +48,7 @@ def _library() -> ctypes.CDLL:
 def _call(function: str, *arguments) -> None:
     status = getattr(_library(), function)(*arguments)
     if status:
-        raise CublasError(f"{function} failed with status {status}")
+        raise CublasError(function, status)
 
 
 def _made(function: str, *arguments) -> ctypes.c_void_p:
@@ -83,18 +88,24 @@ class _Problem:
         preference = _made("cublasLtMatmulPreferenceCreate")
         _set("cublasLtMatmulPreferenceSetAttribute", preference, _MOST_WORKSPACE, ctypes.c_size_t(0))
         found, count = (_Proposal * NUM_PROPOSED)(), ctypes.c_int32()
-        _call(
-            "cublasLtMatmulAlgoGetHeuristic", self.handle, self.operation, self.weight, self.x, self.y, self.y, preference,
-            ctypes.c_int32(NUM_PROPOSED), found, ctypes.byref(count),
-        )  # fmt: skip
+        try:
+            _call(
+                "cublasLtMatmulAlgoGetHeuristic", self.handle, self.operation, self.weight, self.x, self.y, self.y, preference,
+                ctypes.c_int32(NUM_PROPOSED), found, ctypes.byref(count),
+            )  # fmt: skip
+        except CublasError as error:
+            if error.status != NOT_SUPPORTED:  # which only says that there are none
+                raise
         return [proposal for proposal in found[: count.value] if proposal.status == 0]
 
 
 class Gemm:
     """x [.., in] of so many rows, W [out, in] -> x W^T [.., out], summed in float32."""
 
-    def __init__(self, problem: _Problem, proposal: _Proposal) -> None:
-        self._problem, self._proposal = problem, proposal
+    def __init__(self, problem: _Problem, kernel: Sequence[int]) -> None:
+        """`kernel`: cublasLtMatmulAlgo_t as numbers; of this version of the library."""
+        self._problem, self.kernel = problem, tuple(kernel)
+        self._algorithm = (ctypes.c_uint64 * 8)(*self.kernel)
         self._one, self._zero = ctypes.c_float(1.0), ctypes.c_float(0.0)
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -104,17 +115,34 @@ class Gemm:
         with torch.cuda.device(x.device):
             _call(
                 "cublasLtMatmul", problem.handle, problem.operation, ctypes.byref(self._one), at[0], problem.weight, at[1], problem.x,
-                ctypes.byref(self._zero), at[2], problem.y, at[2], problem.y, ctypes.byref(self._proposal.kernel), None, ctypes.c_size_t(0),
+                ctypes.byref(self._zero), at[2], problem.y, at[2], problem.y, ctypes.byref(self._algorithm), None, ctypes.c_size_t(0),
                 ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream),
             )  # fmt: skip
         return y
 
 
-def gemms(num_rows: int, weight: torch.Tensor) -> list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
+def gemms(num_rows: int, weight: torch.Tensor) -> list[Gemm]:
     """Ways to multiply `num_rows` rows with weights like this one [out, in], the heuristic's favourite first; none for types other than
-    bfloat16 and float16. CublasError or OSError if the library cannot be used."""
+    bfloat16 and float16. CublasError, or what ctypes raises, if the library cannot be used."""
+    problem = _problem(num_rows, weight)
+    return [] if problem is None else [Gemm(problem, proposal.kernel) for proposal in problem.proposals()]
+
+
+def gemm_of(num_rows: int, weight: torch.Tensor, kernel: Sequence[int]) -> Gemm | None:
+    """The way that had this `kernel`, in the same version of the library on the same card; None for other types."""
+    problem = _problem(num_rows, weight)
+    return None if problem is None else Gemm(problem, kernel)
+
+
+def version() -> int:
+    """The library's."""
+    get = _library().cublasLtGetVersion
+    get.restype = ctypes.c_size_t
+    return get()
+
+
+def _problem(num_rows: int, weight: torch.Tensor) -> _Problem | None:
     if weight.dtype not in _TYPES:
-        return []
+        return None
     out, inner = weight.shape
-    problem = _Problem(num_rows, out, inner, weight.dtype, weight.device)
-    return [Gemm(problem, proposal) for proposal in problem.proposals()]
+    return _Problem(num_rows, out, inner, weight.dtype, weight.device)

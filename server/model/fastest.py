@@ -1,20 +1,25 @@
-"""Which of cuBLASLt's kernels a product of so many rows is computed with, found by trying them when the engine starts.
+"""Which of cuBLASLt's kernels a product of so many rows is computed with, found by trying them when the engine first starts on a card.
 
 torch takes what the heuristic puts first. At decode's few rows another proposal is up to 16% faster on an H100 (LOG.md), and which one
 depends on the card: so nothing is written down here. Tried are the sizes that are captured, since launching through ctypes costs time on
-the host; products of other sizes stay torch's. Called where the engine's parts are connected (engine/backends.py).
+the host; products of other sizes stay torch's. What was found is kept beside inductor's cache of compiled code, for the next start to take.
+Called where the engine's parts are connected (engine/backends.py).
 """
 
+import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
-from server.kernels.cublaslt import ALIGNMENT, CublasError, gemms
+from server.kernels import cublaslt
+from server.kernels.cublaslt import ALIGNMENT, CublasError
 
 if TYPE_CHECKING:
     from server.model.product import Product
@@ -23,59 +28,79 @@ log = logging.getLogger(__name__)
 
 Gemm = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x [.., in], weight [out, in] -> [.., out]
 Timer = Callable[[Gemm, torch.Tensor, Sequence[torch.Tensor]], float]
+Kept = dict[str, list[int] | None]  # by size: cuBLASLt's kernel; None: torch's own is as fast
 WORTH = 0.98  # of torch's time: less is what two measurements of the same kernel differ by
 MAX_ROWS_BESIDE = 64  # more rows, with deltas computed beside the product: what is fastest alone leaves those less of the card (LOG.md)
 MOST_ERROR = 1e-2  # of the result's norm, in bfloat16 and float16
+MAX_TRIALS_S = 10.0  # of one start; sizes that are left then are torch's until the next
 _NUM_WEIGHTS, _NUM_LAUNCHES, _NUM_REPEATS = 4, 8, 3
+# What ctypes, CUDA and a card without room raise: the products are torch's own then.
+_FAILURES = (RuntimeError, OSError, AttributeError)
 
 
 def use_fastest(products: Iterable["Product"], row_counts: Sequence[int]) -> None:
     """Have plain products without a bias computed with the fastest kernel there is, where they have so many rows."""
-    alike: dict[torch.Size, list[Product]] = {}
+    alike: dict[tuple, list[Product]] = {}
     for product in products:
-        if product.weight_of_all is not None and not product.is_quantized and product.bias_of_all is None:
-            alike.setdefault(product.weight_of_all.shape, []).append(product)
+        weight = product.weight_of_all
+        if weight is not None and not product.is_quantized and product.bias_of_all is None:
+            alike.setdefault((*weight.shape, weight.dtype, weight.device), []).append(product)
+    if not alike:
+        return
     started_at, num_chosen = time.monotonic(), 0
+    path, kept = _kept_at(next(iter(alike.values()))[0].weight_of_all)
+    before = len(kept)
     for same in alike.values():
-        chosen = choose(row_counts, [product.weight_of_all for product in same])
+        chosen = choose(row_counts, [product.weight_of_all for product in same], kept, deadline_at=started_at + MAX_TRIALS_S)
         num_chosen += len(chosen)
         for product in same:
             product.gemms = chosen
-        if chosen and same[0].weight_of_all.is_cuda:
+    if len(kept) > before:
+        _keep(path, kept)
+        if torch.cuda.is_available():
             torch.cuda.empty_cache()  # what the trials' graphs took
-    if alike:
-        num_sizes, took_s = len(row_counts) * len(alike), time.monotonic() - started_at
-        log.info("%d of %d sizes of products have a faster kernel than torch's first; tried in %.1f s", num_chosen, num_sizes, took_s)
+    num_sizes, took_s = len(row_counts) * len(alike), time.monotonic() - started_at
+    log.info("%d of %d sizes of products have a faster kernel than torch's first; found in %.1f s", num_chosen, num_sizes, took_s)
 
 
 @torch.inference_mode()
 def choose(
     row_counts: Iterable[int],
     weights: Sequence[torch.Tensor],
+    kept: Kept,
     *,
-    propose: Callable[[int, torch.Tensor], Sequence[Gemm]] = gemms,
+    propose: Callable[[int, torch.Tensor], Sequence[Any]] = cublaslt.gemms,
     timer: Timer | None = None,
+    deadline_at: float = float("inf"),
 ) -> dict[int, Gemm]:
-    """By number of rows, what is faster than torch for weights like these, all alike [out, in]. `timer`: seconds of a product, by each of
-    some weights in turn. What fails, or computes something else, is not chosen."""
+    """By number of rows, what is faster than torch for weights like these, all alike [out, in]; `kept` is asked first, and added to.
+    `propose`: kernels, with what `kept` is to have of them as `kernel`. `timer`: seconds of a product, by each of some weights in turn.
+    What fails, or computes something else, is not chosen."""
     timer = timer or seconds_of
     some = [weight for weight in weights if is_aligned(weight)][:_NUM_WEIGHTS]
     chosen: dict[int, Gemm] = {}
-    if not some:
-        return chosen
-    generator = torch.Generator(some[0].device).manual_seed(0)
-    for num_rows in row_counts:
-        x = torch.randn(num_rows, some[0].shape[1], dtype=some[0].dtype, device=some[0].device, generator=generator)
+    for num_rows in row_counts if some else ():
+        size = f"{some[0].dtype} {num_rows} x {list(some[0].shape)}"
+        if size not in kept and time.monotonic() > deadline_at:
+            continue
         try:
-            right = [gemm for gemm in propose(num_rows, some[0]) if _is_right(gemm, x, some[0])]
-            times = [timer(gemm, x, some) for gemm in (F.linear, *right)]
-        except (RuntimeError, OSError, AttributeError) as error:  # of CUDA, out of memory, no such library, no such function in it
+            x = _random(num_rows, some[0])
+            if size in kept:
+                gemm = kept[size] and cublaslt.gemm_of(num_rows, some[0], kept[size])
+                if gemm and _right([gemm], x, some[0]):
+                    chosen[num_rows] = gemm
+                continue
+            gemms = _right(propose(num_rows, some[0]), x, some[0])
+            times = [timer(gemm, x, some) for gemm in (F.linear, *gemms)]
+        except _FAILURES as error:
             log.warning("products of %d rows and more stay torch's own: %s", num_rows, error)
             return chosen
         best = min(range(len(times)), key=times.__getitem__)
+        kept[size] = None
         if times[best] < WORTH * times[0]:
-            chosen[num_rows] = right[best - 1]
-            log.debug("%d rows x %s: %.1f us for torch's %.1f", num_rows, tuple(some[0].shape), times[best] * 1e6, times[0] * 1e6)
+            chosen[num_rows] = gemms[best - 1]
+            kept[size] = list(gemms[best - 1].kernel)
+            log.debug("%s: %.1f us for torch's %.1f", size, times[best] * 1e6, times[0] * 1e6)
     return chosen
 
 
@@ -84,12 +109,23 @@ def is_aligned(tensor: torch.Tensor) -> bool:
     return tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0
 
 
-def _is_right(gemm: Gemm, x: torch.Tensor, weight: torch.Tensor) -> bool:
-    try:
-        y, want = gemm(x, weight).float(), F.linear(x, weight).float()
-    except CublasError:
-        return False
-    return bool((y - want).norm() <= MOST_ERROR * want.norm())  # never of NaN
+def _random(num_rows: int, weight: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator(weight.device).manual_seed(num_rows)
+    return torch.randn(num_rows, weight.shape[1], dtype=weight.dtype, device=weight.device, generator=generator)
+
+
+def _right(gemms: Sequence[Gemm], x: torch.Tensor, weight: torch.Tensor) -> list[Gemm]:
+    """Those that compute the product."""
+    right, want = [], F.linear(x, weight).float()
+    for gemm in gemms:
+        try:
+            # What it gets for its result, if it asks for so much memory, is not what another one has left there.
+            torch.full(want.shape, torch.nan, dtype=x.dtype, device=x.device)
+            if bool((gemm(x, weight).float() - want).norm() <= MOST_ERROR * want.norm()):  # never of NaN
+                right.append(gemm)
+        except CublasError:
+            pass
+    return right
 
 
 @cache
@@ -118,3 +154,32 @@ def seconds_of(gemm: Gemm, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> 
             event.record()
         side.synchronize()
     return min(start.elapsed_time(stop) for start, stop in zip(events, events[1:], strict=False)) / 1000 / _NUM_LAUNCHES
+
+
+def _kept_at(weight: torch.Tensor) -> tuple[Path | None, Kept]:
+    """Where choices for this card and version of the library are kept, and those that are; an unreadable file has none."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    try:
+        card = torch.cuda.get_device_name(weight.device).replace(" ", "-")
+        path = Path(cache_dir()) / f"manylora-gemms-{card}-{cublaslt.version()}.json"
+        kept = json.loads(path.read_text())
+    except FileNotFoundError:
+        return path, {}
+    except (*_FAILURES, ValueError, AssertionError) as error:
+        log.info("no choices of kernels are taken over: %s", error)
+        return None, {}
+    return path, {size: kernel for size, kernel in kept.items() if kernel is None or (isinstance(kernel, list) and len(kernel) == 8)}
+
+
+def _keep(path: Path | None, kept: Kept) -> None:
+    """For the next start. Several engines may do so at once: the last one's choices stay."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(kept))
+        part.replace(path)
+    except OSError as error:
+        log.warning("the choices of kernels are not kept: %s", error)

@@ -31,4 +31,4 @@ def test_an_adapters_header_is_a_handful_of_objects_however_many_sites_it_has():
 
 def test_a_step_s_output_is_its_lists():
     output = msgspec.msgpack.encode(SequenceOutput("one", [5], logprobs=[Logprob(5, -0.5, [])]))
-    assert num_tracked(lambda: msgspec.msgpack.decode(output, type=SequenceOutput)) <= 3
+    assert num_tracked(lambda: msgspec.msgpack.decode(output, type=SequenceOutput)) < 4

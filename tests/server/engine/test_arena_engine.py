@@ -21,6 +21,7 @@ from tests.server.engine.test_core import (  # noqa: F401 - collected here again
 from tests.server.engine.tiny_models import make_engine, make_model
 
 grouped_kernels = pytest.importorskip("server.kernels.grouped_kernels", reason="Triton is not installed", exc_type=ImportError)
+gated_kernels = pytest.importorskip("server.kernels.gated_kernels", reason="Triton is not installed", exc_type=ImportError)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 
 
@@ -106,11 +107,16 @@ def test_the_kernels_of_every_kind_of_step_are_compiled_before_the_first(monkeyp
     launched = set()
     for name in ("shrink", "expand", "write"):
         monkeypatch.setattr(grouped_kernels, name, lambda *arguments, name=name: launched.add((name, arguments[2][:2], arguments[-1])))
+    monkeypatch.setattr(gated_kernels, "gate", lambda *arguments: launched.add(("gate", arguments[2][:2], arguments[-2])))
+    monkeypatch.setattr(gated_kernels, "silu_mul", lambda y: launched.add(("silu_mul",)))
     core.runner.tiling.warm_up(base.group_shapes)
     for num_rows in (1, 2, 8, 9, 64, 300, 512, 513, 2048):
         for shape in base.group_shapes:
             choice = choose(core.runner.tiling.card, num_rows, shape, base.dtype.itemsize)
             assert {(name, shape[:2], choice) for name in ("shrink", "expand", "write")} <= launched
+            if gated_kernels.is_gated(shape):
+                apart = choice._replace(pdl=False)
+                assert {("shrink", shape[:2], apart), ("gate", shape[:2], apart), ("silu_mul",)} <= launched
 
 
 def test_deltas_beside_the_products_are_the_same_answers(folders, tmp_path):  # noqa: F811 - the fixture

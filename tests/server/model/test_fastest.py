@@ -24,8 +24,14 @@ def right(x, weight):
     return F.linear(x, weight)
 
 
+right.kernel = (1,) * 8  # as cuBLASLt's have it
+
+
 def also_right(x, weight):
     return x @ weight.T
+
+
+also_right.kernel = (2,) * 8
 
 
 def wrong(x, weight):
@@ -37,14 +43,15 @@ def unwritten(x, weight):
 
 
 def refusing(x, weight):
-    raise CublasError("cublasLtMatmul failed with status 15")
+    raise CublasError("cublasLtMatmul", 14)
 
 
-def chosen_of(times, weights=None, row_counts=(4,)):
+def chosen_of(times, weights=None, row_counts=(4,), kept=None, **more):
     """What is chosen if the kernels, torch's own among them, take so long."""
+    kept = {} if kept is None else kept
     gemms = [gemm for gemm in times if gemm is not F.linear]
     weights = [aligned(8, 16)] if weights is None else weights
-    return choose(row_counts, weights, propose=lambda num_rows, weight: gemms, timer=lambda gemm, x, weights: times[gemm])
+    return choose(row_counts, weights, kept, propose=lambda num_rows, weight: gemms, timer=lambda gemm, x, weights: times[gemm], **more)
 
 
 def test_the_fastest_is_chosen():
@@ -61,7 +68,8 @@ def test_what_computes_something_else_or_nothing_is_not_chosen(broken):
 
 
 @pytest.mark.parametrize(
-    "error", [OSError("no such file"), AttributeError("no such function"), CublasError("status 7"), torch.OutOfMemoryError("too little")]
+    "error",
+    [OSError("no such file"), AttributeError("no such function"), CublasError("cublasLtCreate", 1), torch.OutOfMemoryError("too little")],
 )
 def test_a_library_that_fails_leaves_torchs_own(error, caplog):
     def propose(num_rows, weight):
@@ -70,7 +78,7 @@ def test_a_library_that_fails_leaves_torchs_own(error, caplog):
         return [right]
 
     times = {F.linear: 1.0, right: 0.5}
-    found = choose([4, 8, 16], [aligned(8, 16)], propose=propose, timer=lambda gemm, x, weights: times[gemm])
+    found = choose([4, 8, 16], [aligned(8, 16)], {}, propose=propose, timer=lambda gemm, x, weights: times[gemm])
     assert found == {4: right} and f"8 rows and more stay torch's own: {error}" in caplog.text
 
 
@@ -82,8 +90,44 @@ def test_each_number_of_rows_has_its_own_choice_and_weights_take_turns():
         return 1.0 if gemm is F.linear else 0.5 if x.shape[0] == 2 else 2.0
 
     weights = [aligned(8, 16) for _ in range(6)]
-    assert choose([2, 4], weights, propose=lambda *_: [right], timer=timer) == {2: right}
+    assert choose([2, 4], weights, {}, propose=lambda *_: [right], timer=timer) == {2: right}
     assert {*seen} == {(2, 4), (4, 4)}
+
+
+def test_what_was_found_is_taken_over_by_the_next_start(monkeypatch):
+    kept = {}
+    assert chosen_of({F.linear: 1.0, right: 0.9, also_right: 0.8}, kept=kept) == {4: also_right}
+    assert chosen_of({F.linear: 1.0, right: 1.1}, weights=[aligned(8, 32)], kept=kept) == {}
+    assert kept == {"torch.float32 4 x [8, 16]": [2] * 8, "torch.float32 4 x [8, 32]": None}
+    asked = []
+    monkeypatch.setattr(cublaslt, "gemm_of", lambda num_rows, weight, kernel: asked.append((num_rows, kernel)) or also_right)
+    times = {F.linear: 1.0, right: 0.1}  # whatever it would be now
+    assert chosen_of(times, kept=kept) == {4: also_right} and asked == [(4, [2] * 8)]
+    assert chosen_of(times, weights=[aligned(8, 32)], kept=kept) == {}
+    monkeypatch.setattr(cublaslt, "gemm_of", lambda *_: wrong)
+    assert chosen_of(times, kept=kept) == {}
+
+
+def test_no_trial_begins_after_its_time():
+    kept = {}
+    assert chosen_of({F.linear: 1.0, right: 0.5}, kept=kept, deadline_at=0.0) == {} and kept == {}
+
+
+def test_choices_are_kept_in_a_file(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
+    monkeypatch.setattr(cublaslt, "version", lambda: 130100)
+    path, kept = fastest._kept_at(torch.empty(2))
+    assert (path.name, kept) == ("manylora-gemms-NVIDIA-L4-130100.json", {})
+    fastest._keep(path, {"one": [1] * 8, "two": None})
+    assert fastest._kept_at(torch.empty(2)) == (path, {"one": [1] * 8, "two": None})
+    path.write_text('{"one": [1, 2], "two": null}')
+    assert fastest._kept_at(torch.empty(2)) == (path, {"two": None})
+    path.write_text("{")
+    assert fastest._kept_at(torch.empty(2)) == (None, {})
+    (tmp_path / "file").touch()
+    fastest._keep(tmp_path / "file" / "below", {})
+    assert "the choices of kernels are not kept" in caplog.text
 
 
 def test_weights_that_lie_badly_are_left_to_torch():
@@ -101,7 +145,7 @@ class Plain:
 
 
 def test_products_that_are_alike_share_a_choice_and_others_have_none(monkeypatch):
-    monkeypatch.setattr(fastest, "choose", lambda row_counts, weights: {len(weights): right})
+    monkeypatch.setattr(fastest, "choose", lambda row_counts, weights, kept, deadline_at: {len(weights): right})
     one, other, wide = Plain(aligned(8, 16)), Plain(aligned(8, 16)), Plain(aligned(32, 16))
     left = [Plain(None), Plain(aligned(8, 16), bias=aligned(8)), Plain(aligned(8, 16), is_quantized=True)]
     use_fastest([one, wide, *left, other], [4])
@@ -163,10 +207,16 @@ class TestOnTheCard:
     def test_what_real_measurements_choose_is_right(self):
         weights = [torch.randn(4096, 14336, device=DEVICE, dtype=torch.bfloat16) / 120 for _ in range(4)]
         assert fastest.seconds_of(F.linear, aligned(64, 14336, dtype=torch.bfloat16), weights) > 0
-        for num_rows, gemm in choose([16, 64, 128], weights).items():
+        for num_rows, gemm in choose([16, 64, 128], weights, {}).items():
             x = torch.randn(num_rows, 14336, device=DEVICE, dtype=torch.bfloat16)
             want = x.double() @ weights[0].double().T
             assert (gemm(x, weights[0]).double() - want).norm() <= 4e-3 * want.norm()
 
     def test_a_type_that_it_has_no_kernels_for(self):
         assert cublaslt.gemms(4, torch.randn(8, 16, device=DEVICE)) == []
+
+    def test_a_kernel_that_was_kept_is_the_same_again(self):
+        weight = torch.randn(512, 256, device=DEVICE, dtype=torch.bfloat16)
+        x = torch.randn(16, 256, device=DEVICE, dtype=torch.bfloat16)
+        for gemm in cublaslt.gemms(16, weight):
+            assert torch.equal(cublaslt.gemm_of(16, weight, list(gemm.kernel))(x, weight), gemm(x, weight))
