@@ -1,20 +1,20 @@
 """Which of cuBLASLt's kernels a product of so many rows is computed with, found by trying them when the engine first starts on a card.
 
-torch takes what the heuristic puts first. At decode's few rows another proposal is up to 16% faster on an H100 (LOG.md), and which one
+torch takes what the heuristic puts first. At decode's few rows another proposal takes up to 15% less time on an H100 (LOG.md); which one
 depends on the card: so nothing is written down here. Tried are the sizes that are captured, since launching through ctypes costs time on
 the host; products of other sizes stay torch's. What was found is kept beside inductor's cache of compiled code, for the next start to take.
 Called where the engine's parts are connected (engine/backends.py).
 """
 
-import json
 import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import torch
 import torch.nn.functional as F
 
@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 
 Gemm = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x [.., in], weight [out, in] -> [.., out]
 Timer = Callable[[Gemm, torch.Tensor, Sequence[torch.Tensor]], float]
-Kept = dict[str, list[int] | None]  # by size: cuBLASLt's kernel; None: torch's own is as fast
+Kernel = Annotated[list[int], msgspec.Meta(min_length=8, max_length=8)]  # as cuBLASLt has it
+Kept = dict[str, Kernel | None]  # by size; None: torch's own is as fast
 WORTH = 0.98  # of torch's time: less is what two measurements of the same kernel differ by
 MAX_ROWS_BESIDE = 64  # more rows, with deltas computed beside the product: what is fastest alone leaves those less of the card (LOG.md)
 MOST_ERROR = 1e-2  # of the result's norm, in bfloat16 and float16
@@ -157,19 +158,22 @@ def seconds_of(gemm: Gemm, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> 
 
 
 def _kept_at(weight: torch.Tensor) -> tuple[Path | None, Kept]:
-    """Where choices for this card and version of the library are kept, and those that are; an unreadable file has none."""
+    """Where choices for this card and version of the library are kept (None: nowhere), and those that are; an unreadable file has none."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     try:
         card = torch.cuda.get_device_name(weight.device).replace(" ", "-")
         path = Path(cache_dir()) / f"manylora-gemms-{card}-{cublaslt.version()}.json"
-        kept = json.loads(path.read_text())
+    except (*_FAILURES, AssertionError) as error:
+        log.info("choices of kernels are not kept: %s", error)
+        return None, {}
+    try:
+        return path, msgspec.json.decode(path.read_bytes(), type=Kept)
     except FileNotFoundError:
         return path, {}
-    except (*_FAILURES, ValueError, AssertionError) as error:
-        log.info("no choices of kernels are taken over: %s", error)
-        return None, {}
-    return path, {size: kernel for size, kernel in kept.items() if kernel is None or (isinstance(kernel, list) and len(kernel) == 8)}
+    except (OSError, msgspec.DecodeError) as error:
+        log.warning("the kept choices of kernels are made anew: %s", error)
+        return path, {}
 
 
 def _keep(path: Path | None, kept: Kept) -> None:
@@ -179,7 +183,7 @@ def _keep(path: Path | None, kept: Kept) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(kept))
+        part.write_bytes(msgspec.json.encode(kept))
         part.replace(path)
     except OSError as error:
         log.warning("the choices of kernels are not kept: %s", error)
