@@ -6,10 +6,12 @@ Owns the choice between the plain path (torch alone: the CPU's) and the GPU's (a
 import importlib.util
 import logging
 from dataclasses import dataclass
+from functools import partial
 
 import psutil
 import torch
 
+from server.engine.beside import Beside
 from server.engine.graphs import MAX_MIXED_ROWS, decode_sizes
 from server.engine.tiling import Tiling
 from server.memory.arena import Arena
@@ -111,8 +113,9 @@ def use_arena(base: BaseModel, options: EngineOptions, backends: Backends, memor
         tiling.warm_up(base.group_shapes)
         base.warm_up(options.max_batch_tokens)
         if backends.cuda_graphs:
-            grouped = [group.product for group in base.groups if group.key is not None]
-            use_fastest(grouped, [size.num_rows for size in decode_sizes(options.max_batch_size)])
+            grouped = [group for group in base.groups if group.key is not None]
+            row_counts = [size.num_rows for size in decode_sizes(options.max_batch_size)]
+            use_fastest(grouped, row_counts, partial(Beside, tiling, base.state, arena.data))
     return arena, tiling
 
 

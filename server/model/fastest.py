@@ -1,9 +1,9 @@
 """Which of cuBLASLt's kernels a product of so many rows is computed with, found by trying them when the engine first starts on a card.
 
-torch takes what the heuristic puts first. At decode's few rows another proposal takes up to 15% less time on an H100 (LOG.md); which one
-depends on the card: so nothing is written down here. Tried are the sizes that are captured, since launching through ctypes costs time on
-the host; products of other sizes stay torch's. What was found is kept beside inductor's cache of compiled code, for the next start to take.
-Called where the engine's parts are connected (engine/backends.py).
+torch takes what the heuristic puts first. At decode's few rows another proposal takes up to 15% less time on an H100, and yet another where
+deltas are computed beside it (LOG.md); which one depends on the card: so nothing is written down here. Tried are the sizes that are
+captured, since launching through ctypes costs time on the host; products of other sizes stay torch's. What was found is kept beside
+inductor's cache of compiled code, for the next start to take. Called where the engine's parts are connected (engine/backends.py).
 """
 
 import logging
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import msgspec
 import torch
@@ -20,9 +20,10 @@ import torch.nn.functional as F
 
 from server.kernels import cublaslt
 from server.kernels.cublaslt import ALIGNMENT, CublasError
+from server.kernels.grouped import GroupShape
 
 if TYPE_CHECKING:
-    from server.model.product import Product
+    from server.model.linear import SiteGroup
 
 log = logging.getLogger(__name__)
 
@@ -31,36 +32,53 @@ Timer = Callable[[Gemm, torch.Tensor, Sequence[torch.Tensor]], float]
 Kernel = Annotated[list[int], msgspec.Meta(min_length=8, max_length=8)]  # as cuBLASLt has it
 Kept = dict[str, Kernel | None]  # by size; None: torch's own is as fast
 WORTH = 0.98  # of torch's time: less is what two measurements of the same kernel differ by
-MAX_ROWS_BESIDE = 64  # more rows, with deltas computed beside the product: what is fastest alone leaves those less of the card (LOG.md)
 MOST_ERROR = 1e-2  # of the result's norm, in bfloat16 and float16
-MAX_TRIALS_S = 10.0  # of one start; sizes that are left then are torch's until the next
-_NUM_WEIGHTS, _NUM_LAUNCHES, _NUM_REPEATS = 4, 8, 3
+MAX_TRIALS_S = 20.0  # of one start; sizes that are left then are torch's until the next
+_NUM_WEIGHTS, _NUM_LAUNCHES, _NUM_REPEATS = 4, 8, 4
 # What ctypes, CUDA and a card without room raise: the products are torch's own then.
 _FAILURES = (RuntimeError, OSError, AttributeError)
 
 
-def use_fastest(products: Iterable["Product"], row_counts: Sequence[int]) -> None:
-    """Have plain products without a bias computed with the fastest kernel there is, where they have so many rows."""
-    alike: dict[tuple, list[Product]] = {}
-    for product in products:
-        weight = product.weight_of_all
+class TimerBeside(Protocol):
+    """A Timer for a group's product with its deltas computed beside it (engine.beside)."""
+
+    def __call__(self, gemm: Gemm, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> float:
+        """Seconds of both. RuntimeError if they cannot be had."""
+
+    def close(self) -> None:
+        """Give back what it took."""
+
+
+def use_fastest(groups: Iterable["SiteGroup"], row_counts: Sequence[int], beside: Callable[[GroupShape], TimerBeside]) -> None:
+    """Have groups' plain products without a bias computed with the fastest kernel there is, where they have so many rows: alone, and beside
+    the group's deltas (`beside` makes what measures that)."""
+    alike: dict[tuple, list[SiteGroup]] = {}
+    for group in groups:
+        product, weight = group.product, group.product.weight_of_all
         if weight is not None and not product.is_quantized and product.bias_of_all is None:
-            alike.setdefault((*weight.shape, weight.dtype, weight.device), []).append(product)
+            alike.setdefault((*group.shape[:2], weight.dtype, weight.device), []).append(group)
     if not alike:
         return
     started_at, num_chosen = time.monotonic(), 0
-    path, kept = _kept_at(next(iter(alike.values()))[0].weight_of_all)
+    path, kept = _kept_at(next(iter(alike.values()))[0].product.weight_of_all)
     before = len(kept)
     for same in alike.values():
-        chosen = choose(row_counts, [product.weight_of_all for product in same], kept, deadline_at=started_at + MAX_TRIALS_S)
-        num_chosen += len(chosen)
-        for product in same:
-            product.gemms = chosen
+        weights = [group.product.weight_of_all for group in same]
+        deadline_at = started_at + MAX_TRIALS_S
+        alone = choose(row_counts, weights, kept, deadline_at=deadline_at)
+        timer, columns = beside(same[0].shape), list(same[0].shape.columns)
+        try:
+            with_deltas = choose(row_counts, weights, kept, timer=timer, kind=f" beside deltas of {columns}", deadline_at=deadline_at)
+        finally:
+            timer.close()
+        num_chosen += len(alone) + len(with_deltas)
+        for group in same:
+            group.product.gemms, group.product.gemms_beside = alone, with_deltas
     if len(kept) > before:
         _keep(path, kept)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # what the trials' graphs took
-    num_sizes, took_s = len(row_counts) * len(alike), time.monotonic() - started_at
+    num_sizes, took_s = 2 * len(row_counts) * len(alike), time.monotonic() - started_at
     log.info("%d of %d sizes of products have a faster kernel than torch's first; found in %.1f s", num_chosen, num_sizes, took_s)
 
 
@@ -72,16 +90,17 @@ def choose(
     *,
     propose: Callable[[int, torch.Tensor], Sequence[Any]] = cublaslt.gemms,
     timer: Timer | None = None,
+    kind: str = "",
     deadline_at: float = float("inf"),
 ) -> dict[int, Gemm]:
     """By number of rows, what is faster than torch for weights like these, all alike [out, in]; `kept` is asked first, and added to.
-    `propose`: kernels, with what `kept` is to have of them as `kernel`. `timer`: seconds of a product, by each of some weights in turn.
-    What fails, or computes something else, is not chosen."""
+    `propose`: kernels, with what `kept` is to have of them as `kernel`. `timer`: seconds of a product, by each of some weights in turn;
+    `kind`: what `kept` has beside the size for others than `seconds_of`. What fails, or computes something else, is not chosen."""
     timer = timer or seconds_of
     some = [weight for weight in weights if is_aligned(weight)][:_NUM_WEIGHTS]
     chosen: dict[int, Gemm] = {}
     for num_rows in row_counts if some else ():
-        size = f"{some[0].dtype} {num_rows} x {list(some[0].shape)}"
+        size = f"{some[0].dtype} {num_rows} x {list(some[0].shape)}{kind}"
         if size not in kept and time.monotonic() > deadline_at:
             continue
         try:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from server.model.fastest import MAX_ROWS_BESIDE, Gemm, is_aligned
+from server.model.fastest import Gemm, is_aligned
 from server.model.quantization.linear import QuantizedLinear, QuantizedProduct
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,9 @@ class Product:
         # The plain weight of all [sum of outs, in] and their bias; None where something else than `linear` of them computes.
         self.weight_of_all: torch.Tensor | None = None
         self.bias_of_all: torch.Tensor | None = None
-        self.gemms: Mapping[int, Gemm] = {}  # by number of rows: what is faster than torch's own, where a plain weight has no bias
+        # By number of rows, what is faster than torch's own, where a plain weight has no bias: alone, and beside deltas.
+        self.gemms: Mapping[int, Gemm] = {}
+        self.gemms_beside: Mapping[int, Gemm] = {}
         self.in_features = modules[0].weight.shape[0] if isinstance(modules[0], Conv1D) else modules[0].in_features
         if all(isinstance(module, QuantizedLinear) for module in modules):
             self._use_quantized()
@@ -72,7 +74,7 @@ class Product:
         if self._quantized is not None:
             return self._quantized(x)
         num_rows = x.numel() // x.shape[-1]
-        gemm = None if shares_card and num_rows > MAX_ROWS_BESIDE else self.gemms.get(num_rows)
+        gemm = (self.gemms_beside if shares_card else self.gemms).get(num_rows)
         if gemm is None or bias is not None or not is_aligned(x) or not is_aligned(weight):
             return F.linear(x, weight, bias)
         return gemm(x, weight)

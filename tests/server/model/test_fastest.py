@@ -1,11 +1,14 @@
 """Which kernel a product is computed with: by measurement, and only one that computes the same."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from server.kernels import cublaslt
 from server.kernels.cublaslt import CublasError
+from server.kernels.grouped import GroupShape
 from server.model import fastest
 from server.model.fastest import choose, is_aligned, use_fastest
 from server.model.product import Product
@@ -137,19 +140,60 @@ def test_weights_that_lie_badly_are_left_to_torch():
 
 
 class Plain:
-    """As much of a product as counts."""
+    """As much of a group and its product as counts."""
 
     def __init__(self, weight, bias=None, is_quantized=False):
-        self.weight_of_all, self.bias_of_all, self.is_quantized, self.gemms = weight, bias, is_quantized, {}
+        self.weight_of_all, self.bias_of_all, self.is_quantized, self.gemms, self.gemms_beside = weight, bias, is_quantized, {}, {}
+        self.product, self.shape = self, weight is not None and GroupShape(weight.shape[1], ((0, weight.shape[0]),), id(self))
+
+
+class Stopwatch:
+    """Beside deltas everything takes `times`."""
+
+    def __init__(self, times):
+        self.times, self.is_open = times, True
+
+    def __call__(self, gemm, x, weights):
+        assert self.is_open
+        return self.times[gemm]
+
+    def close(self):
+        self.is_open = False
 
 
 def test_products_that_are_alike_share_a_choice_and_others_have_none(monkeypatch):
-    monkeypatch.setattr(fastest, "choose", lambda row_counts, weights, kept, deadline_at: {len(weights): right})
+    shapes, watch = [], Stopwatch({})
+
+    def choice(row_counts, weights, kept, deadline_at, timer=None, kind=""):
+        assert (timer is watch) == (kind == f" beside deltas of {[(0, len(weights[0]))]}")
+        return {len(weights): also_right if timer else right}
+
+    monkeypatch.setattr(fastest, "choose", choice)
     one, other, wide = Plain(aligned(8, 16)), Plain(aligned(8, 16)), Plain(aligned(32, 16))
     left = [Plain(None), Plain(aligned(8, 16), bias=aligned(8)), Plain(aligned(8, 16), is_quantized=True)]
-    use_fastest([one, wide, *left, other], [4])
+    use_fastest([one, wide, *left, other], [4], lambda shape: shapes.append(shape) or watch)
     assert one.gemms == other.gemms == {2: right} and wide.gemms == {1: right}
-    assert [product.gemms for product in left] == [{}, {}, {}]
+    assert one.gemms_beside == other.gemms_beside == {2: also_right} and wide.gemms_beside == {1: also_right}
+    assert [(product.gemms, product.gemms_beside) for product in left] == [({}, {})] * 3
+    assert shapes == [one.shape, wide.shape] and not watch.is_open
+
+
+def test_alone_and_beside_deltas_each_have_their_own_choice(monkeypatch):
+    monkeypatch.setattr(fastest, "_kept_at", lambda weight: (None, kept))
+    monkeypatch.setattr(fastest, "choose", partial(choose, propose=lambda *_: [right, also_right]))
+    monkeypatch.setattr(fastest, "seconds_of", lambda gemm, x, weights: {F.linear: 1.0, right: 0.5, also_right: 0.9}[gemm])
+    kept, group = {}, Plain(aligned(8, 16))
+    use_fastest([group], [4], lambda shape: Stopwatch({F.linear: 1.0, right: 1.5, also_right: 0.9}))
+    assert (group.gemms, group.gemms_beside) == ({4: right}, {4: also_right})
+    assert kept == {"torch.float32 4 x [8, 16]": [1] * 8, "torch.float32 4 x [8, 16] beside deltas of [(0, 8)]": [2] * 8}
+
+
+def test_without_room_for_adapters_to_try_torchs_own_stays_beside_deltas(caplog):
+    def no_room(gemm, x, weights):
+        raise RuntimeError("the arena has room for 3 of 4 adapters")
+
+    assert choose([4, 8], [aligned(8, 16)], {}, propose=lambda *_: [right], timer=no_room) == {}
+    assert "stay torch's own: the arena has room for 3 of 4" in caplog.text
 
 
 def test_a_product_takes_its_choice_for_that_number_of_rows_alone():
@@ -163,13 +207,14 @@ def test_a_product_takes_its_choice_for_that_number_of_rows_alone():
     assert calls == [(4, 16), (1, 4, 16)]
 
 
-def test_with_many_rows_beside_deltas_torchs_own_is_taken():
+def test_beside_deltas_a_product_takes_what_is_fastest_there():
     product, weight, calls = Product([torch.nn.Linear(16, 8, bias=False, device=DEVICE)]), aligned(8, 16), []
-    product.gemms = dict.fromkeys((64, 96), lambda x, weight: calls.append(len(x)) or F.linear(x, weight))
+    for name in ("gemms", "gemms_beside"):
+        setattr(product, name, {4: lambda x, weight, name=name: calls.append(name) or F.linear(x, weight)})
     for shares_card in (False, True):
-        for num_rows in (64, 96):
+        for num_rows in (4, 5):
             product.linear(aligned(num_rows, 16), weight, None, shares_card=shares_card)
-    assert calls == [64, 96, 64]
+    assert calls == ["gemms", "gemms_beside"]
 
 
 @pytest.mark.gpu

@@ -1,0 +1,87 @@
+"""Trials of products beside deltas: made-up adapters are real to the kernels, and nothing of them stays."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from server.engine import beside
+from server.engine.beside import RANK, Beside
+from server.kernels.grouped import BASE_BYTES, DESC_WIDTH, NONE, GroupShape, read_group
+from server.model.fastest import choose
+from server.model.forward import ForwardState
+from tests.server.engine.tiny_models import DEVICE
+
+pytest.importorskip("triton")
+SHAPES = [GroupShape(48, ((0, 32), (32, 48)), 3), GroupShape(32, ((0, 80),), 0)]
+
+
+@pytest.fixture
+def trials(monkeypatch):
+    """(of a shape, of so many elements) a Beside, its arena and state, and what `seconds_of` was given, called six times."""
+    from server.engine.tiling import Tiling
+
+    seen = []
+
+    def seconds_of(gemm, x, weights):
+        seen.extend(gemm(x, weights[0]) for _ in range(6))
+        return 1.5
+
+    def make(shape, num_elements=1 << 18, dtype=torch.float32):
+        state, arena = ForwardState(), torch.zeros(num_elements, dtype=dtype, device=DEVICE)
+        return Beside(Tiling(state, arena, 64), state, arena, shape), arena, state, seen
+
+    if DEVICE.type != "cuda":
+        monkeypatch.setattr(beside, "seconds_of", seconds_of)
+        monkeypatch.setattr(Tiling, "captured", lambda self: nullcontext())
+    return make
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="looks at what is timed without a graph")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=["two sites", "one site"])
+def test_a_product_is_timed_beside_the_deltas_of_an_adapter_a_tile(trials, shape, dtype):
+    timer, arena, state, seen = trials(shape, dtype=dtype)
+    x, weight = torch.randn(40, shape.in_features, dtype=dtype), torch.randn(shape.out_features, shape.in_features, dtype=dtype)
+    tiles = []
+    assert timer(lambda x, weight: tiles.append(state.tiles) or F.linear(x, weight), x, [weight]) == 1.5
+    assert state.tiles is None
+    bases = [each.tile_base[each.tile_base != NONE].tolist() for each in tiles]
+    assert all(len({*each}) == len(each) == 3 for each in bases)  # 40 rows in tiles of 16
+    assert bases[4:] == bases[:2] and len({base for each in bases for base in each}) == 4 * 3  # in turns
+    for base in bases[1]:  # as an adapter that was loaded lies there
+        delta = read_group(arena, base, shape, torch.float32)
+        assert delta.a.shape == (RANK * len(shape.columns), shape.in_features)
+        assert [(part.start, part.stop, part.b.shape) for part in delta.parts] == [(a, b, (RANK, b - a)) for a, b in shape.columns]
+    for base in bases[1]:
+        factors_at = base + ((shape.index + 1) * DESC_WIDTH * 8 + BASE_BYTES) // arena.element_size()  # they begin before that
+        arena[factors_at : base + timer._size] = 0.5
+    seen.clear()
+    timer(F.linear, x, [weight])
+    product, deltas = seen[1]
+    assert torch.equal(product, F.linear(x, weight)) and deltas.abs().sum() > 0 and seen[0][1].abs().sum() == 0
+    timer.close()
+    assert not arena.any()
+
+
+def test_an_arena_without_room_says_so(trials):
+    timer, _, state, _ = trials(SHAPES[0], num_elements=4096)
+    with pytest.raises(RuntimeError, match=r"room for \d of 3 adapters"):
+        timer(F.linear, torch.randn(40, 48, device=DEVICE), [torch.randn(48, 48, device=DEVICE)])
+    assert state.tiles is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU: MANYLORA_TEST_DEVICE=cuda")
+def test_on_the_card_what_is_chosen_beside_deltas_is_right(trials):
+    shape = GroupShape(4096, ((0, 4096), (4096, 5120), (5120, 6144)), 2)
+    timer, arena, _, _ = trials(shape, num_elements=1 << 24, dtype=torch.bfloat16)
+    weights, kept = [torch.randn(6144, 4096, device=DEVICE, dtype=torch.bfloat16) / 64 for _ in range(4)], {}
+    for num_rows, gemm in choose([16, 64], weights, kept, timer=timer, kind=" beside").items():
+        x = torch.randn(num_rows, 4096, device=DEVICE, dtype=torch.bfloat16)
+        want = x.double() @ weights[0].double().T
+        assert (gemm(x, weights[0]).double() - want).norm() <= 4e-3 * want.norm()
+    assert len(kept) == 2
+    timer.close()
+    assert not arena.any()
