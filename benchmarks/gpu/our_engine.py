@@ -12,7 +12,7 @@ from benchmarks.gpu.models import MODELS
 from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.workloads import AdapterSet, Case
 from server.engine.build import build_engine
-from server.engine.core import EngineCore, run_until_idle
+from server.engine.core import EngineCore, outputs_until_idle
 from server.types import AdapterRef, EngineRequest, SamplingParams
 
 
@@ -51,11 +51,14 @@ class OurEngine:
         started_at = time.perf_counter()
         for i, (prompt, pick) in enumerate(zip(prompts, case.picks(), strict=True)):
             self.core.add(EngineRequest(f"{case.name} {repeat} {i}", prompt, params, None if pick is None else refs[pick]))
-        outputs = run_until_idle(self.core, self.plan.remaining_s())
+        num_tokens, failed = 0, None
+        for output in outputs_until_idle(self.core, self.plan.remaining_s()):  # none is kept, as in a server
+            num_tokens += len(output.token_ids)
+            failed = failed or (output.error if output.finish_reason not in (None, "length") else None)
         seconds = time.perf_counter() - started_at
-        if failed := next((output.error for output in outputs if output.finish_reason not in (None, "length")), None):
+        if failed:
             raise RuntimeError(f"{case.name}: {failed}")
-        if (num_tokens := sum(len(output.token_ids) for output in outputs)) != case.num_output_tokens:
+        if num_tokens != case.num_output_tokens:
             raise RuntimeError(f"{case.name}: {num_tokens} tokens, not {case.num_output_tokens}")
         return seconds
 

@@ -7,6 +7,7 @@ are looked at; a sequence that turns out to have ended then has one row for noth
 
 import logging
 import time
+from collections.abc import Iterator
 
 from server.engine.chunk import Chunk
 from server.engine.failures import failure, is_fatal, is_out_of_memory, let_go
@@ -250,14 +251,17 @@ def _prompt_logprobs(sequence: Sequence):
     return [Logprob(sequence.tokens[0], None), *sequence.prompt_logprobs[1:]]
 
 
-def run_until_idle(core: EngineCore, timeout_s: float = 600.0) -> list[SequenceOutput]:
-    """Step until nothing is left; for scripts, tests and benchmarks. TimeoutError if it takes longer than `timeout_s`."""
-    outputs: list[SequenceOutput] = []
+def outputs_until_idle(core: EngineCore, timeout_s: float = 600.0) -> Iterator[SequenceOutput]:
+    """Step until nothing is left, with the outputs as they come. TimeoutError if it takes longer than `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while core.has_work or core.scheduler.num_waiting or len(core.grammars) or core.scheduler.running:
         if time.monotonic() > deadline:
             raise TimeoutError(f"{core.scheduler.num_waiting} waiting, {len(core.scheduler.running)} running after {timeout_s} s")
         if not core.has_work:
             core.tiers.arrived.wait(0.1)
-        outputs += core.step()
-    return outputs
+        yield from core.step()
+
+
+def run_until_idle(core: EngineCore, timeout_s: float = 600.0) -> list[SequenceOutput]:
+    """All that `outputs_until_idle` has, for scripts and tests."""
+    return list(outputs_until_idle(core, timeout_s))
