@@ -10,7 +10,19 @@ import numpy as np
 import torch
 
 from server.engine.tiling import Tiling
-from server.kernels.grouped import BASE_BYTES, DESC_WIDTH, NONE, GroupShape, SiteEntry, Tiles, describe, empty_tiles, fill_tiles, make_tiles
+from server.kernels.grouped import (
+    BASE_BYTES,
+    DESC_WIDTH,
+    MAX_SITES,
+    NONE,
+    GroupShape,
+    SiteEntry,
+    Tiles,
+    describe,
+    empty_tiles,
+    fill_tiles,
+    make_tiles,
+)
 from server.model.fastest import Gemm, seconds_of
 from server.model.forward import ForwardState
 
@@ -24,12 +36,11 @@ class Beside:
     def __init__(self, tiling: Tiling, state: ForwardState, arena: torch.Tensor, shape: GroupShape) -> None:
         """`arena` [elements]: nobody else uses it before the last call."""
         self._tiling, self._state, self._arena, self._shape = tiling, state, arena, shape
-        self._descriptor, self._size = _lay_out(shape, arena.element_size())
         self._sets: list[Tiles] = []
-        self._num_rows = 0
+        self._num_rows = self._num_used = 0  # of the sets; elements
 
     def __call__(self, gemm: Gemm, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> float:
-        """As fastest.seconds_of. RuntimeError if the arena has no room for adapters of so many rows."""
+        """As fastest.seconds_of. RuntimeError if there can be no such adapters, or the arena has no room for those of so many rows."""
         if self._num_rows != len(x):
             self._sets, self._num_rows = self._make_sets(len(x)), len(x)
         num_calls = 0
@@ -47,16 +58,18 @@ class Beside:
 
     def close(self) -> None:
         """Leave the arena as it was."""
-        self._arena[: self._num_adapters(self._tiling.max_rows) * self._size].zero_()
+        self._arena[: self._num_used].zero_()
 
     def _make_sets(self, num_rows: int) -> list[Tiles]:
+        descriptor, size = _lay_out(self._shape, self._arena.element_size())
         block_m, device = self._tiling.block_m(num_rows), self._arena.device
-        num_adapters, count = -(-num_rows // block_m), self._num_adapters(num_rows)
+        num_adapters = -(-num_rows // block_m)
+        count = min(_NUM_SETS * num_adapters, self._arena.numel() // size)
         if count < num_adapters:
             raise RuntimeError(f"the arena has room for {count} of {num_adapters} adapters to try products with")
-        runs = self._arena[: count * self._size].view(self._descriptor.dtype).view(count, self._size)
-        runs[:, : self._descriptor.numel()] = self._descriptor.to(device)
-        bases = np.arange(count, dtype=np.int64) * self._size
+        self._num_used = max(self._num_used, count * size)
+        self._arena[: count * size].view(descriptor.dtype).view(count, size)[:, : descriptor.numel()] = descriptor.to(device)
+        bases = np.arange(count, dtype=np.int64) * size
         sets = []
         for first in range(0, count - num_adapters + 1, num_adapters):
             tiles = empty_tiles(num_rows + 1, num_rows, block_m, device)  # as many as a captured step has room for
@@ -64,13 +77,12 @@ class Beside:
             sets.append(tiles)
         return sets
 
-    def _num_adapters(self, num_rows: int) -> int:
-        """As many as all sets have, or as there is room for."""
-        return min(_NUM_SETS * -(-num_rows // self._tiling.block_m(num_rows)), self._arena.numel() // self._size)
-
 
 def _lay_out(shape: GroupShape, item_bytes: int) -> tuple[torch.Tensor, int]:
-    """A made-up adapter's descriptors up to the group's, as elements of so many bytes, and the elements of its run."""
+    """A made-up adapter's descriptors up to the group's, as elements of so many bytes, and the elements of its run. RuntimeError for a
+    group that the kernels cannot say."""
+    if len(shape.columns) > MAX_SITES:
+        raise RuntimeError(f"a group of {len(shape.columns)} linears has its deltas by torch, never beside its product")
     step = BASE_BYTES // item_bytes
     a = -(-(shape.index + 1) * DESC_WIDTH * 8 // BASE_BYTES) * step
     at, sites = a + RANK * len(shape.columns) * shape.in_features, []

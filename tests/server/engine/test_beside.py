@@ -56,13 +56,21 @@ def test_a_product_is_timed_beside_the_deltas_of_an_adapter_a_tile(trials, shape
         assert [(part.start, part.stop, part.b.shape) for part in delta.parts] == [(a, b, (RANK, b - a)) for a, b in shape.columns]
     for base in bases[1]:
         factors_at = base + ((shape.index + 1) * DESC_WIDTH * 8 + BASE_BYTES) // arena.element_size()  # they begin before that
-        arena[factors_at : base + timer._size] = 0.5
+        arena[factors_at : base + bases[0][1] - bases[0][0]] = 0.5
     seen.clear()
     timer(F.linear, x, [weight])
     product, deltas = seen[1]
     assert torch.equal(product, F.linear(x, weight)) and deltas.abs().sum() > 0 and seen[0][1].abs().sum() == 0
     timer.close()
     assert not arena.any()
+
+
+def test_a_group_that_no_kernel_can_say_is_left_alone(trials):
+    shape = GroupShape(16, tuple((16 * i, 16 * i + 16) for i in range(5)), 0)
+    timer, *_ = trials(shape)
+    with pytest.raises(RuntimeError, match="a group of 5 linears"):
+        timer(F.linear, torch.randn(4, 16, device=DEVICE), [torch.randn(80, 16, device=DEVICE)])
+    timer.close()
 
 
 def test_an_arena_without_room_says_so(trials):
