@@ -264,7 +264,7 @@ def compare(traffic: Traffic, machine: Machine, seed: int) -> list[dict[str, Any
     requests, rows = list(arrivals(traffic, machine, seed)), []
     print(f"{traffic.name}: {len(requests)} requests in {traffic.duration_s:.0f} s")
     for name, order in ORDERS.items():
-        row = describe(requests, play(requests, order(machine.max_batch_tokens), machine, traffic.room), traffic)
+        row = describe(requests, play(requests, order(), machine, traffic.room), traffic)
         rows.append({"traffic": traffic.name, "order": name, "num_requests": len(requests)} | {k: round(v, 3) for k, v in row.items()})
         print(f"{name:>18}: " + "  ".join(f"{key} {value:.3f}" for key, value in row.items()), flush=True)
     return rows

@@ -1,7 +1,7 @@
 """Orders of waiting that the product's is compared with, behind the same seam (server.engine.waiting)."""
 
 import heapq
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 
 from server.engine.chunk import Chunk
 from server.engine.fairness import FairQueue
@@ -102,9 +102,4 @@ class SkippingQueue(ArrivalQueue):
         return False
 
 
-# Each is given the tokens of a step.
-ORDERS: dict[str, Callable[[int], WaitingQueue]] = {
-    "order of arrival": lambda _: ArrivalQueue(),
-    "vLLM's rule": lambda _: SkippingQueue(),
-    "here": FairQueue,
-}
+ORDERS: dict[str, type[WaitingQueue]] = {"order of arrival": ArrivalQueue, "vLLM's rule": SkippingQueue, "here": FairQueue}

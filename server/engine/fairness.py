@@ -2,10 +2,8 @@
 
 VTC (Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024, arXiv 2401.00588): a counter holds what a tenant was given, in
 tokens over its weight; the lowest is next, with its lowest adapter's oldest sequence. Who joins is lifted to the others: nobody banks
-credit by staying away. An adapter keeps its turn for some tokens (as deficit round robin's quantum), so that those who wait together run
-together and a step reads fewer adapters: S-LoRA's adapter clustering (arXiv 2311.03285), within a bound. Room for adapters on the device is
-a second thing to share. Sequences whose adapter finds none wait in a lane of their own, whose turns go by how often each got room, so that
-one whose tenant is given tokens enough by other adapters still gets it.
+credit by staying away. Room for adapters on the device is a second thing to share. Sequences whose adapter finds none wait in a lane of
+their own, whose turns go by how often each got room, so that one whose tenant is given tokens enough by other adapters still gets it.
 
 Owns the order and the counters; engine.waiting says what each method is for. Knows neither blocks nor tiers: the scheduler starts whom
 `first` names, or says that it cannot. Finding the first takes O(log n) for each tenant and adapter charged since the last time; a charge is
@@ -35,9 +33,7 @@ class FairQueue:
     # Room goes to whose turn at room it is as soon as the tokens of its tenant allow that; to one in such a time whatever they say.
     ROOM_TURN_S = 1.0
 
-    def __init__(self, turn_tokens: float = 0.0) -> None:
-        """`turn_tokens`: by how much more an adapter is given, as it is charged, before another of its tenant has the turn."""
-        self._turn_tokens = turn_tokens
+    def __init__(self) -> None:
         self._tenants: dict[str, Tenant] = {}
         self._lines: dict[str, dict[str, Line]] = {}  # adapter -> tenant -> line
         self._turns = (Turns(READY), Turns(REFUSED))
@@ -58,7 +54,7 @@ class FairQueue:
             raise ValueError(f"a weight is between {MIN_WEIGHT} and {MAX_WEIGHT}. Given: {request.weight}")
         tenant = self._tenants.get(request.tenant)
         if tenant is None:
-            tenant = self._tenants[request.tenant] = Tenant(request.tenant, self._turn_tokens)
+            tenant = self._tenants[request.tenant] = Tenant(request.tenant)
         tenant.price = 1.0 / request.weight
         lines = self._lines.setdefault(sequence.adapter_hash, {})
         line = lines.get(request.tenant)

@@ -57,7 +57,7 @@ class Scheduler:
         """`vocab_size(adapter hash, or "" for the base)`: how many ids its rows may hold; adapters' are asked when pinned.
         `shares_memory`: adapters lie in the pool's blocks, so that an idle one can make room for tokens.
         `max_batch_adapters`: how many adapters run at once at most, whatever there is room for. `max_queue_s`: how long a sequence may
-        wait for its first step. `queue`: a FairQueue whose turns are a step's tokens if None."""
+        wait for its first step. `queue`: a FairQueue if None."""
         self.pool, self.tiers = pool, tiers
         self.max_batch_tokens, self.max_batch_size = max_batch_tokens, max_batch_size
         capacity = pool.num_blocks * pool.block_size
@@ -65,7 +65,7 @@ class Scheduler:
         self.prefix_caching, self.base_revision = prefix_caching, base_revision
         self._shares_memory, self._clock = shares_memory, clock
         self._starts = Starts(pool, tiers, prefix_caching=prefix_caching, shares_memory=shares_memory)
-        self.queue = FairQueue(turn_tokens=max_batch_tokens) if queue is None else queue
+        self.queue = FairQueue() if queue is None else queue
         self._waits = Waits(max_queue_s)
         self.running: list[Sequence] = []
         self._pins = Pins(tiers, vocab_size, max_batch_adapters)

@@ -18,16 +18,14 @@ class Member(Protocol):
 
 
 class Turns:
-    """The members that have something in a lane, the lowest counter first; of equal ones, who waits longest. Whose turn it is keeps
-    it until it was given `length` more.
+    """The members that have something in a lane, the lowest counter first; of equal ones, who waits longest.
 
     Counters only grow. A note in the heap may be too low, never too high, and is put right when it comes up: a charge is free here."""
 
-    __slots__ = ("_ends_at", "_lane", "_last", "_length", "_noted", "_notes", "level")
+    __slots__ = ("_lane", "_last", "_noted", "_notes", "level")
 
-    def __init__(self, lane: int, length: float = 0.0) -> None:
-        self._lane, self._length = lane, length
-        self._ends_at = 0.0  # the counter of `_last` with which its turn ends
+    def __init__(self, lane: int) -> None:
+        self._lane = lane
         self._notes: list[tuple[float, int, Member]] = []
         self._noted: set[Member] = set()
         self._last: Member | None = None
@@ -44,28 +42,18 @@ class Turns:
 
     def lift(self, member: Member) -> None:
         """It joins those who wait: to the lowest of them, or if nobody waits to who was last."""
-        lowest = self._lowest() or self._last
-        floor = self.level if lowest is None else max(self.level, lowest.counters[self._lane])
+        first = self.first() or self._last
+        floor = self.level if first is None else max(self.level, first.counters[self._lane])
         member.counters[self._lane] = max(member.counters[self._lane], floor)
 
     def passed(self, member: Member, *, was_first: bool) -> None:
-        """Something of it starts, and is not charged yet. `was_first`: because it was its turn."""
-        counter = member.counters[self._lane]
-        if was_first and self._lowest() is member:
-            self.level = max(self.level, counter)
-        # Alone it has no turn to keep: who comes then is next.
-        if self._length and (member is not self._last or counter >= self._ends_at):
-            self._ends_at = counter + self._length if len(self._noted) > 1 else counter
+        """It was given its turn, and is not charged yet. `was_first`: because its counter was the lowest."""
         self._last = member
+        if was_first:
+            self.level = max(self.level, member.counters[self._lane])
 
     def first(self) -> Member | None:
         """Whose turn it is."""
-        last, lane = self._last, self._lane
-        if self._length and last is not None and last.counters[lane] < self._ends_at and last.first(lane) is not None:
-            return last
-        return self._lowest()
-
-    def _lowest(self) -> Member | None:
         lane, notes = self._lane, self._notes
         while notes:
             noted, _, member = notes[0]
@@ -85,11 +73,11 @@ class Tenant:
 
     __slots__ = ("counters", "lines", "name", "num_active", "num_queued", "price", "turns", "weight_queued", "work")
 
-    def __init__(self, name: str, turn_tokens: float) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
         self.price = 1.0  # one over its weight
         self.counters = [0.0, 0.0]
-        self.turns = (Turns(READY, turn_tokens), Turns(REFUSED))
+        self.turns = (Turns(READY), Turns(REFUSED))
         self.lines: dict[str, Line] = {}  # by adapter
         self.num_queued = self.num_active = 0  # sequences, and lines that have some
         self.work = 0.0  # of those sequences

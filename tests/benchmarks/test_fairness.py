@@ -16,7 +16,7 @@ SHORT = Traffic("short", 1.3, num_tenants=4, num_adapters=16, room=6, duration_s
 
 def played(traffic, order):
     requests = list(arrivals(traffic, MACHINE, 0))
-    run = play(requests, ORDERS[order](MACHINE.max_batch_tokens), MACHINE, traffic.room)
+    run = play(requests, ORDERS[order](), MACHINE, traffic.room)
     assert set(run.first_token_at) == set(range(len(requests)))
     return describe(requests, run, traffic)
 
@@ -57,8 +57,7 @@ def test_here_a_noisy_tenant_waits_for_itself():
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_cold_adapter_against_hot_ones_that_never_pause(order):
     """By vLLM's rule it never starts; in order of arrival nobody behind it does, until the hot ones have ended."""
-    world = World(device_bytes=20, max_batch_size=8, num_blocks=400, queue=ORDERS[order](0))
-    lengths = itertools.cycle(range(11, 51, 3))
+    world, lengths = World(device_bytes=20, max_batch_size=8, num_blocks=400, queue=ORDERS[order]()), itertools.cycle(range(11, 51, 3))
     for adapter in "ab" * 20:
         world.add("t", adapter, max_new=next(lengths))
     world.step()

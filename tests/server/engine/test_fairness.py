@@ -87,7 +87,7 @@ def test_going_away_for_a_moment_wipes_out_no_debt():
 
 
 def test_adapters_of_a_tenant_take_turns_and_so_does_the_base():
-    world = World(max_batch_size=1, queue=FairQueue())
+    world = World(max_batch_size=1)
     for _ in range(10):
         world.add("t", "a")
     for _ in range(3):
@@ -135,8 +135,7 @@ def request_of(world, tenant):
 
 def test_a_cold_adapter_waits_for_a_bounded_time_against_hot_ones_that_never_stop():
     """It runs MAX_OVERTAKEN_S and the longest answer that runs after its turn, at the latest."""
-    world = World(device_bytes=40, max_batch_size=16, num_blocks=400, queue=FairQueue())
-    longest, lengths = 50, itertools.cycle(range(11, 51, 3))
+    world, longest, lengths = World(device_bytes=40, max_batch_size=16, num_blocks=400), 50, itertools.cycle(range(11, 51, 3))
 
     def add_hot(num):
         for adapter in "abcd" * num:
@@ -154,8 +153,7 @@ def test_a_cold_adapter_waits_for_a_bounded_time_against_hot_ones_that_never_sto
 
 
 def test_while_one_adapter_is_made_to_leave_the_others_go_on():
-    world = World(device_bytes=80, max_batch_size=32, num_blocks=1000, queue=FairQueue())
-    lengths = itertools.cycle(range(11, 51, 3))
+    world, lengths = World(device_bytes=80, max_batch_size=32, num_blocks=1000), itertools.cycle(range(11, 51, 3))
     for adapter in "abcdefgh" * 150:
         world.add("t", adapter, max_new=next(lengths))
     for _ in range(5):
