@@ -4,7 +4,7 @@ Owns the scratch that the kernels share, and the launch choices by group and num
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -37,7 +37,8 @@ class Tiling:
         sizes = {min(max_rows, 1 << power) for power in range(max_rows.bit_length() + 1)}
         self._scratch = new_scratch(1, max(max_split_k(self.card, n) * n for n in sizes), self._device)[0]  # [planes * rows, ranks]
         self._choices: dict[tuple[int, GroupShape], Choice] = {}
-        self._side: torch.cuda.Stream | None = None  # where steps are captured: another stream, for what runs beside the base's products
+        self._side: torch.cuda.Stream | None = None  # of captured steps: another stream, for what runs beside the base's products
+        self._is_captured = False
 
     def block_m(self, num_rows: int) -> int:
         """Rows of a tile in a step of so many rows."""
@@ -76,11 +77,11 @@ class Tiling:
     @contextmanager
     def captured(self) -> Iterator[None]:
         """A step that is captured, or tried before that: a graph's branches cost nothing to launch, so kernels run beside the products."""
-        self._side = torch.cuda.Stream(self._device)
+        self._is_captured = True
         try:
             yield
         finally:
-            self._side = None
+            self._is_captured = False
 
     def around(self, x: torch.Tensor, shape: GroupShape, compute: Compute, accumulate: Accumulate | None) -> torch.Tensor:
         """x [rows, in] -> [rows, sum of outs]: the group's product with every row's delta, by the step's tiles.
@@ -118,23 +119,23 @@ class Tiling:
         # No group begins before the group before is done with its planes: it needs that one's output. So one scratch is enough.
         # What follows another stream's work has no one predecessor: no programmatic launch.
         operands = arena, shape, tiles, scratch, choice._replace(pdl=False)
-        with self._beside():
+        side = self._side_stream() if self._is_captured else None
+        with nullcontext() if side is None else torch.cuda.stream(side):
             self._kernels.shrink(x, *operands)
             self._kernels.write(deltas, *operands)
         y = compute()
-        if self._side is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._side)
+        if side is not None:
+            torch.cuda.current_stream(self._device).wait_stream(side)
         return y, deltas
 
-    @contextmanager
-    def _beside(self) -> Iterator[None]:
-        """What is launched inside runs beside what the current stream gets next."""
-        if self._side is None:
-            yield
-            return
-        self._side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._side):
-            yield
+    def _side_stream(self) -> torch.cuda.Stream:
+        """One that runs beside the current stream, from what that has got so far."""
+        current = torch.cuda.current_stream(self._device)
+        # torch hands out the same few streams in turns: the next one may be the very stream that captures.
+        while self._side is None or self._side.cuda_stream == current.cuda_stream:
+            self._side = torch.cuda.Stream(self._device)
+        self._side.wait_stream(current)
+        return self._side
 
     def _operands(self, shape: GroupShape, choice: Choice) -> _Operands:
         tiles = self._state.tiles

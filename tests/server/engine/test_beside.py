@@ -65,6 +65,35 @@ def test_a_product_is_timed_beside_the_deltas_of_an_adapter_a_tile(trials, shape
     assert not arena.any()
 
 
+class Stream:
+    """As torch's: one of a few, which are handed out in turns."""
+
+    num_made = 0
+
+    def __init__(self, device=None):
+        self.cuda_stream, self.waited_for = Stream.num_made % 3, []
+        Stream.num_made += 1
+
+    def wait_stream(self, other):
+        self.waited_for.append(other)
+
+
+def test_deltas_never_run_on_the_stream_that_captures(monkeypatch):
+    from server.engine.tiling import Tiling
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    for first in range(3):
+        Stream.num_made = 0
+        captures = [Stream() for _ in range(3)]
+        monkeypatch.setattr(Stream, "num_made", first)
+        tiling = Tiling(ForwardState(), torch.zeros(64, device=DEVICE), 16)
+        for current in captures * 3:
+            monkeypatch.setattr(torch.cuda, "current_stream", lambda device, current=current: current)
+            side = tiling._side_stream()
+            assert side.cuda_stream != current.cuda_stream and side.waited_for[-1] is current
+            assert tiling._side_stream() is side
+
+
 def test_a_group_that_no_kernel_can_say_is_left_alone(trials):
     shape = GroupShape(16, tuple((16 * i, 16 * i + 16) for i in range(5)), 0)
     timer, *_ = trials(shape)

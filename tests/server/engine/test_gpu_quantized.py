@@ -56,13 +56,19 @@ def test_a_mixed_batch_is_as_near_to_the_truth_as_the_dense_weights_in_bfloat16(
             mine = [o for o in outputs if o.request_id == f"{name} 0"]
             tokens = [token for output in mine for token in output.token_ids]
             whole = torch.tensor([prompts[f"{name} 0"] + tokens[:-1]], device=DEVICE)
-            exact, *rounded = (
+            exact, half, rounded = (
                 _logprobs(dense, dtype, tmp_path / name if name != "base" else None, whole, to_e4m3=to_e4m3)[-len(mine) :]
-                for dtype, to_e4m3 in ((torch.float32, False), (torch.bfloat16, False), (torch.float32, scheme == "fp8"))
+                for dtype, to_e4m3 in ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True))
             )
             got = torch.tensor([[value for _, value in sorted(output.logprobs[0].top)] for output in mine])
-            allowed = 3 * max((other - exact).abs().max() for other in rounded) + 0.05
-            assert (got - exact).abs().max() < allowed, (name, crowd)
+            if scheme == "fp8":  # What is multiplied has 3 bits of mantissa: a hair's difference in one layer is a large one in the next.
+                assert _rms(got - exact) < 2 * _rms(rounded - exact), (name, crowd)
+            else:
+                assert (got - exact).abs().max() < 3 * (half - exact).abs().max() + 0.05, (name, crowd)
+
+
+def _rms(x: torch.Tensor) -> torch.Tensor:
+    return x.square().mean().sqrt()
 
 
 def _logprobs(dense: dict[str, torch.Tensor], dtype: torch.dtype, adapter, whole: torch.Tensor, *, to_e4m3: bool) -> torch.Tensor:

@@ -72,7 +72,13 @@ def test_what_computes_something_else_or_nothing_is_not_chosen(broken):
 
 @pytest.mark.parametrize(
     "error",
-    [OSError("no such file"), AttributeError("no such function"), CublasError("cublasLtCreate", 1), torch.OutOfMemoryError("too little")],
+    [
+        OSError("no such file"),
+        AttributeError("no such function"),
+        CublasError("cublasLtCreate", 1),
+        torch.OutOfMemoryError("too little"),
+        ValueError("scratch"),
+    ],
 )
 def test_a_library_that_fails_leaves_torchs_own(error, caplog):
     def propose(num_rows, weight):
@@ -121,7 +127,7 @@ def test_choices_are_kept_in_a_file(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
     monkeypatch.setattr(cublaslt, "version", lambda: 130100)
     path, kept = fastest._kept_at(torch.empty(2))
-    assert (path.name, kept) == ("manylora-gemms-NVIDIA-L4-130100.json", {})
+    assert (path.name, kept) == (f"manylora-gemms-{fastest._VERSION}-NVIDIA-L4-130100.json", {})
     fastest._keep(path, {"one": [1] * 8, "two": None})
     assert fastest._kept_at(torch.empty(2)) == (path, {"one": [1] * 8, "two": None})
     for broken in ('{"one": [1, 2]}', '{"one": ["x", 2, 3, 4, 5, 6, 7, 8]}', "[]", "{", "\xff"):
