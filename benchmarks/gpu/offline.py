@@ -22,9 +22,9 @@ from benchmarks.gpu.workloads import AdapterSet, Case, sizes
 
 
 def run_ours(bench: Bench, cases: Sequence[Case]) -> bool:
-    """All cases in one start, but for the many adapters, which have one of their own, as they have in vLLM: where they are resident, the
-    base alone is slower too (LOG.md). A third of the time is kept for that. False if a program failed or ran out of time; what it measured
-    is kept."""
+    """All cases in one start, but for the many adapters, which have one of their own, as they have in vLLM: all that Python's collector
+    walks for them slows the base too (LOG.md). A third of the time is kept for that. False if a program failed or ran out of time; what it
+    measured is kept."""
     many = [case for case in cases if case.adapters == sizes(bench.model).many]
     others = [case for case in cases if case not in many]
     first = replace(bench, deadline_at=bench.deadline_at - max(0.0, bench.deadline_at - time.monotonic()) / 3) if many else bench

@@ -3,11 +3,15 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.gpu import our_engine
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.rows import ROOT, read_rows
+from benchmarks.gpu.workloads import Case
+from server.types import SequenceOutput
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +86,21 @@ def test_vllms_program_brings_nothing_of_our_engine():
     code = "import sys, benchmarks.gpu.peer_vllm; sys.exit(str(sorted(m for m in sys.modules if m.split('.')[0] in ('server', 'torch'))))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert answer.stderr.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "outputs, why",
+    [
+        ([SequenceOutput("0", [5, 6]), SequenceOutput("0", finish_reason="error", error="it broke"), SequenceOutput("1", [7])], "it broke"),
+        ([SequenceOutput("0", [5, 6]), SequenceOutput("1", [7], finish_reason="length")], "3 tokens, not 4"),
+    ],
+)
+def test_a_run_in_which_a_request_fails_is_no_measurement(outputs, why, monkeypatch):
+    engine = object.__new__(our_engine.OurEngine)
+    engine.plan = SimpleNamespace(model="tiny", remaining_s=lambda: 1.0)
+    engine.core = SimpleNamespace(add=lambda request: None)
+    monkeypatch.setattr(our_engine, "outputs_until_idle", lambda core, timeout_s: iter(outputs))
+    with pytest.raises(RuntimeError, match=why):
+        engine.run(Case("decode", "two", 2, 3, 2), 0)
+    outputs[:] = [SequenceOutput("0", [5, 6], finish_reason="length"), SequenceOutput("1", [7, 8], finish_reason="length")]
+    assert engine.run(Case("decode", "two", 2, 3, 2), 0) > 0
