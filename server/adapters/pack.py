@@ -103,9 +103,8 @@ def read_header(path: Path) -> tuple[PackedAdapter, int]:
     return header, data_offset
 
 
-def read_data(path: Path, into: memoryview) -> None:
-    """A pack's data into a buffer of header.data_bytes. AdapterRefused if it is not what was written."""
-    _, data_offset = read_header(path)
+def read_data(path: Path, data_offset: int, into: memoryview) -> None:
+    """A pack's data, which begins at `data_offset`, into a buffer of header.data_bytes. AdapterRefused if it is not what was written."""
     try:
         with Path(path).open("rb", buffering=0) as file:
             file.seek(data_offset)
@@ -138,9 +137,9 @@ def check_pack(path: Path) -> None:
 
 def load_pack(path: Path) -> tuple[PackedAdapter, np.ndarray]:
     """A pack's header and its data [data_bytes]. AdapterRefused as read_header and read_data."""
-    header, _ = read_header(path)
+    header, data_offset = read_header(path)
     data = np.empty(header.data_bytes, np.uint8)
-    read_data(path, memoryview(data))
+    read_data(path, data_offset, memoryview(data))
     return header, data
 
 

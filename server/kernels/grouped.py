@@ -77,21 +77,26 @@ class Tiles(NamedTuple):
     block_m: int
 
 
+def _numbers(site: SiteEntry) -> list[int]:
+    scale = int(np.float32(site.scale).view(np.int32))
+    return [site.r_start, site.r_stop, site.b, scale, site.gain, site.bias]
+
+
+_NO_SITE = _numbers(SiteEntry())
+
+
 def describe(a: int, num_ranks: int, sites: Sequence[SiteEntry], rank_cap: int = RANK_CAP) -> np.ndarray:
     """One group's row of an adapter's descriptor: int64 [DESC_WIDTH]. ValueError names what does not fit."""
     if len(sites) > MAX_SITES:
         raise ValueError(f"sites: a group has {len(sites)} sites; at most {MAX_SITES} are allowed")
     if not 0 <= num_ranks <= rank_cap or (a == NONE) != (num_ranks == 0):
         raise ValueError(f"num_ranks: {num_ranks} with a = {a}; allowed is 1 to {rank_cap}, or 0 with a = -1")
-    row = np.full(DESC_WIDTH, NONE, np.int64)
-    row[0], row[1] = a, num_ranks
-    for index in range(MAX_SITES):
-        site = sites[index] if index < len(sites) else SiteEntry()
+    row = [a, num_ranks]
+    for index, site in enumerate(sites):
         if not 0 <= site.r_start <= site.r_stop <= num_ranks or (site.b == NONE) != (site.r_start == site.r_stop):
             raise ValueError(f"site {index}: ranks [{site.r_start}, {site.r_stop}) of {num_ranks} with b = {site.b}")
-        scale = int(np.float32(site.scale).view(np.int32))
-        row[2 + SITE_WIDTH * index :][:SITE_WIDTH] = (site.r_start, site.r_stop, site.b, scale, site.gain, site.bias)
-    return row
+        row += _numbers(site)
+    return np.array(row + _NO_SITE * (MAX_SITES - len(sites)), np.int64)
 
 
 def tile_cap(num_rows: int, num_adapters: int, block_m: int) -> int:

@@ -91,11 +91,11 @@ def read_adapter(ref: AdapterRef, fingerprint: str, dtype: str) -> HostAdapter:
     """Read a pack into host memory. AdapterRefused if it is corrupt or was made for another base."""
     path = Path(ref.path)
     try:
-        header, _ = read_header(path)
+        header, data_offset = read_header(path)
         if header.hash != ref.hash or header.fingerprint != fingerprint or header.dtype != dtype:
             raise AdapterRefused("its pack was made for another base model or data type")
         data = torch.empty(header.data_bytes, dtype=torch.uint8)
-        read_data(path, memoryview(data.numpy()))
+        read_data(path, data_offset, memoryview(data.numpy()))
     except AdapterRefused as refusal:
         raise AdapterRefused(f"adapter '{ref.name}': {refusal.message}") from refusal
     return HostAdapter(header, data, ref.name)

@@ -56,10 +56,8 @@ def lay_out(header: PackedAdapter, layout: BaseLayout, shapes: list[GroupShape],
         if 0 <= packed.group < len(shapes) and layout.sites[packed.site].kind == "linear":
             by_group.setdefault(packed.group, []).append(packed)
     sayable = not header.overrides
-    desc = np.full((len(shapes), DESC_WIDTH), NONE, np.int64)
-    desc[:, 1] = 0
-    for index in range(len(shapes)):
-        desc[index] = describe(NONE, 0, ())
+    # In one go: a Python loop over a model's groups takes milliseconds, and the engine's thread waits for the interpreter meanwhile.
+    desc = np.tile(describe(NONE, 0, ()), (len(shapes), 1))
     computed: list[Computed] = []
     for group, members in by_group.items():
         entries, rank, a = [SiteEntry() for _ in shapes[group].columns], 0, NONE
@@ -127,14 +125,14 @@ class ArenaCarrier(Carrier):
         """A pack with its descriptor. AdapterRefused if it is corrupt or was made for another base. What fails holds nothing."""
         path, memory = Path(ref.path), None
         try:
-            header, _ = read_header(path)
+            header, data_offset = read_header(path)
             if header.hash != ref.hash or header.fingerprint != self._layout.fingerprint or header.dtype != self._layout.dtype:
                 raise AdapterRefused("its pack was made for another base model or data type")
             run = lay_out(header, self._layout, self._shapes, self._first_site)
             memory = self._slabs.allocate(run.num_bytes)
             if run.desc is not None:
                 memory.data[: run.desc.nbytes] = torch.from_numpy(run.desc.reshape(-1)).view(torch.uint8)
-            read_data(path, memoryview(memory.data[run.data_start : run.data_start + header.data_bytes].numpy()))
+            read_data(path, data_offset, memoryview(memory.data[run.data_start : run.data_start + header.data_bytes].numpy()))
         except BaseException as error:
             if memory is not None:
                 memory.release()

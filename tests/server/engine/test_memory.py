@@ -92,7 +92,7 @@ def test_a_pack_that_cannot_be_read_holds_no_memory(error, tmp_path, monkeypatch
     arena = SimpleNamespace(device=torch.device("cpu"))
     carrier = ArenaCarrier(base.layout, base.group_shapes, base.placer, arena, None, slabs)
 
-    def fail(path, into):
+    def fail(path, data_offset, into):
         raise error
 
     with monkeypatch.context() as patched:
