@@ -26,7 +26,7 @@ from server.kernels.grouped import (
 from server.model.fastest import Gemm, seconds_of
 from server.model.forward import ForwardState
 
-RANK = 16  # of the made-up adapters at every site; a tile of rows has an adapter of its own
+RANK, NUM_ADAPTERS = 16, 24  # of the made-up adapters at every site; that a step's rows have, if it has so many
 _NUM_SETS = 4  # of adapters, which take turns so that none is in the cache
 
 
@@ -63,7 +63,7 @@ class Beside:
     def _make_sets(self, num_rows: int) -> list[Tiles]:
         descriptor, size = _lay_out(self._shape, self._arena.element_size())
         block_m, device = self._tiling.block_m(num_rows), self._arena.device
-        num_adapters = -(-num_rows // block_m)
+        num_adapters = min(num_rows, NUM_ADAPTERS)
         count = min(_NUM_SETS * num_adapters, self._arena.numel() // size)
         if count < num_adapters:
             raise RuntimeError(f"the arena has room for {count} of {num_adapters} adapters to try products with")
@@ -73,7 +73,7 @@ class Beside:
         sets = []
         for first in range(0, count - num_adapters + 1, num_adapters):
             tiles = empty_tiles(num_rows + 1, num_rows, block_m, device)  # as many as a captured step has room for
-            fill_tiles(tiles, make_tiles(bases[first + np.arange(num_rows) // block_m], block_m))
+            fill_tiles(tiles, make_tiles(bases[first + np.arange(num_rows) * num_adapters // num_rows], block_m))
             sets.append(tiles)
         return sets
 

@@ -35,7 +35,7 @@ WORTH = 0.98  # of torch's time: less is what two measurements of the same kerne
 MOST_ERROR = 1e-2  # of the result's norm, in bfloat16 and float16
 MAX_TRIALS_S = 20.0  # of one start; sizes that are left then are torch's until the next
 _NUM_WEIGHTS, _NUM_LAUNCHES, _NUM_REPEATS = 4, 8, 4
-_VERSION = 2  # of what is tried and how: what others have kept is tried again
+_VERSION = 3  # of what is tried and how: what others have kept is tried again
 # What ctypes, CUDA, a card without room, and kernels that cannot be launched raise: the products are torch's own then.
 _FAILURES = (RuntimeError, OSError, AttributeError, ValueError)
 
