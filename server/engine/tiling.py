@@ -14,7 +14,7 @@ from server.kernels.launch import Card, Choice, block_m_of, card_of, choose, max
 from server.model.forward import ForwardState
 from server.model.linear import Accumulate, Compute
 
-WARM_ROWS = (8, 512, 1024)  # one of each line of launch.py's tables
+WARM_ROWS = (8, 512, 2048)  # one of each line of launch.py's tables
 _Operands = tuple[torch.Tensor, GroupShape, Tiles, torch.Tensor, Choice]  # arena, shape, tiles, scratch, choice
 
 

@@ -71,7 +71,7 @@ _TABLES: dict[str, tuple[Line, ...]] = {
     # Few rows: as many programs as can be, since each reads little. Many rows: the same factors serve 64 rows at once.
     "hopper": (
         Line(8, 16, 8, 256, 128, 128, 4, 4, 4, 0, 128, 128, 4, 32, 128, 4),
-        Line(512, 16, 8, 256, 128, 512, 4, 3, 4, 8, 128, 512, 4, 32, 128, 4, many_tiles=20),
+        Line(1024, 16, 8, 256, 128, 512, 4, 3, 4, 8, 128, 512, 4, 32, 128, 4, many_tiles=20),
         Line(_ANY, 64, 2, 256, 128, 512, 4, 3, 8, 16, 256, 1024, 4, 64, 512, 4),
     ),
     # A projection, measured by nobody yet. 300 GB/s times a latency of 0.8 us is 240 KB in flight, 4 KB an SM, so half of Hopper's

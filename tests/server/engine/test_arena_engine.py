@@ -5,7 +5,8 @@ import json
 import pytest
 
 from server.engine.core import run_until_idle
-from server.kernels.launch import choose
+from server.engine.tiling import WARM_ROWS
+from server.kernels.launch import _TABLES, card_of, choose, line_of
 from server.model.attention import ATTENTION_NAME, PagedAttention
 from server.types import EngineRequest, SamplingParams
 from tests.server.engine.peft_oracle import pack, save_adapter
@@ -145,3 +146,9 @@ def test_deltas_beside_the_products_are_the_same_answers(folders, tmp_path):  # 
         assert bool(called) == apart and [o.error for o in outputs if o.error] == []
         said.append(sorted((o.request_id, o.token_ids) for o in outputs))
     assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (8, 9), (8, 0)])
+def test_every_line_of_a_cards_table_has_its_kernels_compiled_at_the_start(capability):
+    card = card_of(capability, 64)
+    assert [line_of(card, num_rows) for num_rows in WARM_ROWS] == list(_TABLES[card.name])
