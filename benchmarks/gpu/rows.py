@@ -56,7 +56,7 @@ def installed(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
 
 def stamp(model: str, device: str, commit: str | None) -> Row:
     """What every row of this run has: run, day, machine, code. Rows are comparable if `gpu_uuid`, `boot_id` and `code` are equal."""
-    uuid_, gpu, driver = _gpu(device.partition(":")[2] or "0") if device != "cpu" else ("cpu", platform.machine(), "")
+    uuid_, gpu, driver = _gpu(_seen(int(device.partition(":")[2] or 0))) if device != "cpu" else ("cpu", platform.machine(), "")
     return {
         "run": uuid.uuid4().hex[:12],
         "day": datetime.now(UTC).date().isoformat(),
@@ -79,6 +79,12 @@ def code_digest() -> str:
     for file in sorted((ROOT / "server").rglob("*.py")):
         digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _seen(index: int) -> str:
+    """The GPU that this process knows by that index: its index on the machine, or its UUID. nvidia-smi does not look at the variable."""
+    visible = [entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
+    return visible[index] if index < len(visible) else str(index)
 
 
 def _gpu(index: str) -> tuple[str, str, str]:

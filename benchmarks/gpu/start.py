@@ -1,7 +1,8 @@
 """The part `start`: from starting the server's process to the first token over HTTP, with no cache at all, then with what that left behind.
 
-Every cache of compiled code is under one new folder: torch's, Triton's, FlashInfer's, and whatever else goes below the home folder. The
-base's weights are made, not read: the phase `load` stands in the rows, and the seconds without it.
+Every cache of compiled code is under one new folder: torch's, Triton's, FlashInfer's, Python's bytecode (which an installation has, and a
+machine on which packages were only unpacked has not), and whatever else goes below the home folder. The base's weights are made, not read:
+the phase `load` stands in the rows, and the seconds without it.
 """
 
 import re
@@ -69,4 +70,6 @@ def cache_environment(folder: Path) -> dict[str, str]:
         "TRITON_CACHE_DIR": str(folder / "triton"),
         "FLASHINFER_WORKSPACE_BASE": str(folder),
         "CUDA_CACHE_PATH": str(folder / "cuda"),
+        "PYTHONPYCACHEPREFIX": str(folder / "bytecode"),
+        "PYTHONDONTWRITEBYTECODE": "",  # as if it were not set
     }

@@ -210,7 +210,7 @@ def save(result: dict[str, Any]) -> Path:
     RESULTS.mkdir(exist_ok=True)
     for number in itertools.count(1):
         path = RESULTS / f"{machine['day']}-{card}-{machine['commit']}{'' if number == 1 else f'-{number}'}.json"
-        if not path.exists() or json.loads(path.read_text())["machine"]["boot_id"] == machine["boot_id"]:
+        if not path.exists() or all(json.loads(path.read_text())["machine"][name] == machine[name] for name in ("boot_id", "gpu_uuid")):
             break
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks.gpu import table
-from benchmarks.gpu.rows import append_row, read_rows
+from benchmarks.gpu.rows import _seen, append_row, read_rows
 from benchmarks.gpu.table import make_result, readme_table
 
 STAMP = {
@@ -80,6 +80,9 @@ def test_a_saved_result_is_named_by_day_card_and_commit(tmp_path, monkeypatch):
     assert table.save(make_result(ROWS)) == path
     other = table.save(make_result([ROWS[0] | {"boot_id": "b2", "gpu_uuid": "GPU-2"}, ROWS[-1] | {"boot_id": "b2", "gpu_uuid": "GPU-2"}]))
     assert other.name == "2026-11-22-h100-abc1234-2.json"
+    beside = table.save(make_result([row | {"gpu_uuid": "GPU-3"} for row in ROWS]))  # another card of the same machine
+    assert beside.name == "2026-11-22-h100-abc1234-3.json" and table.save(make_result(ROWS)) == path
+    beside.unlink()
     (tmp_path / "2026-11-21-h100-fffffff.json").write_text(path.read_text().replace("2026-11-22", "2026-11-21"))
     earlier = json.loads(path.read_text()) | {"machine": json.loads(path.read_text())["machine"] | {"commit": "fffffff", "at": -1.0}}
     (tmp_path / "2026-11-22-h100-fffffff.json").write_text(json.dumps(earlier))  # the same day, a name that comes later
@@ -99,3 +102,11 @@ def test_a_line_that_was_cut_off_is_left_out_and_a_broken_one_is_named(tmp_path)
         file.write("\n")
     with pytest.raises(ValueError, match="line 2"):
         read_rows([path])
+
+
+@pytest.mark.parametrize(("visible", "index", "asked"), [(None, 1, "1"), ("2,3", 1, "3"), ("GPU-abc", 0, "GPU-abc"), ("", 0, "0")])
+def test_rows_name_the_gpu_that_was_used_where_only_some_are_visible(monkeypatch, visible, index, asked):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert _seen(index) == asked
