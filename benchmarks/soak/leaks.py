@@ -57,7 +57,7 @@ class Watch:
             sequences=int(seen["manylora_sequences_in_flight"]),
             adapters=int(seen["manylora_adapters_device"] + seen["manylora_adapters_host"]),
             adapter_bytes=int(seen["manylora_adapter_bytes_device"] + seen["manylora_adapter_bytes_host"]),
-            descriptors={name: process.num_fds() for name, process in processes.items()},
+            descriptors={name: held_descriptors(process) for name, process in processes.items()},
             threads={name: process.num_threads() for name, process in processes.items()},
             resident_bytes={name: process.memory_info().rss for name, process in processes.items()},
             staged=sum(1 for folder in self._folders for _ in folder.iterdir()),
@@ -78,6 +78,12 @@ class Watch:
         api = psutil.Process(self._pid)
         engines = [child for child in api.children() if "--options" in child.cmdline()]
         return {"api": api} | {f"engine{index}": child for index, child in enumerate(sorted(engines, key=lambda one: one.pid))}
+
+
+def held_descriptors(process: psutil.Process) -> int:
+    """Descriptors that a process holds by itself. Connections that are open at both ends are their clients', who keep some for later."""
+    connections = process.net_connections(kind="tcp")
+    return process.num_fds() - sum(1 for connection in connections if connection.status == psutil.CONN_ESTABLISHED)
 
 
 def leaked(looks: list[Look], empty: Look) -> dict[str, int]:

@@ -1,14 +1,16 @@
 """The soak: a short run of it against a real server, and that what it must find it finds."""
 
 import random
+import socket
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import load_file
 
 from benchmarks.soak.__main__ import main
-from benchmarks.soak.leaks import ALLOWED_GROWTH_BYTES, WARM_UP_REQUESTS, Look, leaked
+from benchmarks.soak.leaks import ALLOWED_GROWTH_BYTES, WARM_UP_REQUESTS, Look, held_descriptors, leaked
 from benchmarks.soak.marks import NUM_MARKS, tokens_of, write_marked
 from benchmarks.soak.names import ABSENT, Name, Popularity
 from benchmarks.soak.requests import BASE, Answer, Requests, make_prompts
@@ -20,6 +22,22 @@ def test_a_short_soak_is_clean(capsys):
     assert main(["--requests", "300", "--adapters", "24", "--rounds", "2", "--clients", "12"]) == 0, capsys.readouterr().out
     printed = capsys.readouterr().out
     assert "wrong 0, lost 0, leaked 0 bytes, 0 descriptors, 0 blocks" in printed and "300 requests over 24 adapters" in printed
+
+
+def test_descriptors_are_counted_without_connections_that_clients_keep(tmp_path):
+    process = psutil.Process()
+    before = held_descriptors(process)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        listening = held_descriptors(process)
+        assert listening == before + 1
+        with socket.create_connection(server.getsockname()) as client:
+            accepted, _ = server.accept()
+            assert held_descriptors(process) == listening
+            with (tmp_path / "file").open("w"):
+                assert held_descriptors(process) == listening + 1
+        assert client.fileno() == -1 and held_descriptors(process) == listening + 1  # the client is gone: it should have been closed
+        accepted.close()
+    assert held_descriptors(process) == before
 
 
 def test_each_content_has_tokens_of_its_own(tmp_path):
