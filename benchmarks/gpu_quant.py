@@ -127,14 +127,16 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _tables(arguments: argparse.Namespace) -> int:
-    """The tables of what the files have rows of: schemes, keys and values, or both."""
-    from benchmarks import gpu_quant_kv_table, gpu_quant_table
+    """The tables of what the files have rows of: schemes, keys and values, ours beside vLLM's."""
+    from benchmarks import gpu_quant_kv_table, gpu_quant_peer, gpu_quant_table
 
     rows = read_rows(arguments.table)
     of_kv = gpu_quant_kv_table.kv_rows(rows)
-    schemes = [row for row in rows if row["part"] != "kv"]
-    for module, own in ((gpu_quant_table, schemes), (gpu_quant_kv_table, of_kv)):
-        if own or (module is gpu_quant_table and not of_kv):
+    beside = [row for row in rows if row["part"] != "kv"] if any(row.get("engine") == "vllm" for row in rows) else []
+    has_base = any(row.get("scheme") in ("bf16", "as it is") and row.get("engine") != "vllm" for row in rows)
+    schemes = [row for row in rows if row["part"] != "kv"] if has_base or not beside else []  # where ours is there only beside vLLM's
+    for module, own in ((gpu_quant_table, schemes), (gpu_quant_kv_table, of_kv), (gpu_quant_peer, beside)):
+        if own or (module is gpu_quant_table and not of_kv and not beside):
             result = module.make_result(own)
             print(module.table(result))
             if arguments.save:

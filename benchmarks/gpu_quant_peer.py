@@ -1,15 +1,19 @@
-"""vLLM's rows of benchmarks.gpu_quant beside ours: the pairs that are compared, their figures, and README's table of them. No torch.
+"""vLLM's rows of benchmarks.gpu_quant beside ours: the pairs that are compared, their figures, and the table of them. No torch.
 
 Compared is what is alike in size: fp8 with fp8, our `int4` with AWQ (4 bits, groups of 128, whole zeros). Of AWQ there are two kernels in
-vLLM, what it chooses itself and Marlin: each case is compared with the faster. Called by gpu_quant_table.
+vLLM, what it chooses itself and Marlin: each case is compared with the faster. A pair is of one card since one boot, and of one code; two
+pairs may be of two. Called by benchmarks.gpu_quant and docs.tables.
 """
 
+import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.rows import Row
 
+RESULTS = Path(__file__).resolve().parent / "results"
 # Ours -> vLLM's; what a case is called, in a column's words and in a figure's
 PAIRS = {"bf16": ("bf16",), "fp8": ("fp8",), "int4": ("awq", "awq-marlin")}
 _COLUMNS = (
@@ -18,6 +22,7 @@ _COLUMNS = (
     ("decode64 r16-all x25", "25 adapters r16 on all", "decode64_all"), ("base", "768 x 256/128, tokens/s", "offline"),
     ("r16-all x25", "with 25 adapters", "offline_all"),
 )  # fmt: skip
+_PARTS = ("decode", "offline")
 
 
 def cases_of(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
@@ -31,53 +36,75 @@ def cases_of(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     return cases
 
 
-def peer_of(rows: Sequence[Row]) -> dict[str, Any] | None:
-    """What a result keeps of vLLM's rows; None if there are none."""
-    if not rows:
-        return None
-    schemes = {row["scheme"]: [other for other in rows if other["scheme"] == row["scheme"]] for row in rows}
+def make_result(rows: Sequence[Row]) -> dict[str, Any]:
+    """The pairs that were measured. ValueError if no scheme was measured in both engines on one card since one boot, with one
+    code."""
+    speeds = [row for row in rows if row.get("scheme") and row["part"] in _PARTS]
+    pairs = {ours: pair for ours, theirs in PAIRS.items() if (pair := _pair(speeds, ours, theirs)) is not None}
+    if not pairs:
+        raise ValueError("no scheme has rows of both engines on one card since one boot, of one code: nothing can be compared")
+    counted = [row for row in speeds if any(_place(row) == tuple(pair["place"]) for pair in pairs.values())]
     return {
-        "versions": rows[-1]["versions"], "gpus": sorted({row.get("gpu_uuid", "") for row in rows}),
-        "schemes": {name: cases_of(of) for name, of in schemes.items()},
+        "benchmark": "gpu_quant_peer",
+        "machine": {key: counted[-1][key] for key in ("gpu", "driver", "python", "commit", "code", "model", "day")},
+        "versions": {engine: next(row["versions"] for row in counted if row["engine"] == engine) for engine in ("ours", "vllm")},
+        "figures": _figures(pairs), "pairs": pairs, "rows": counted,
     }  # fmt: skip
 
 
-def peer_figures(schemes: dict[str, dict[str, Any]], peer: dict[str, Any]) -> dict[str, float]:
+def _place(row: Row) -> tuple[str, str, str]:
+    return row["gpu_uuid"], row["boot_id"], row["code"]
+
+
+def _pair(rows: Sequence[Row], ours: str, theirs: Sequence[str]) -> dict[str, Any] | None:
+    """Both engines' cases of a scheme, of the place where the most cases are in both; None if there is none."""
+    found = []
+    for place in dict.fromkeys(map(_place, rows)):
+        here = [row for row in rows if _place(row) == place]
+        mine = cases_of([row for row in here if row["engine"] == "ours" and row["scheme"] == ours])
+        other = {name: cases_of([row for row in here if row["engine"] == "vllm" and row["scheme"] == name]) for name in theirs}
+        other = {name: cases for name, cases in other.items() if cases}
+        if common := mine.keys() & {case for cases in other.values() for case in cases}:
+            found.append((len(common), {"place": list(place), "ours": mine, "vllm": other}))
+    return max(found, key=lambda each: each[0])[1] if found else None
+
+
+def _figures(pairs: dict[str, Any]) -> dict[str, float]:
     """Ours / vLLM's, by scheme and case: of what both have measured."""
     figures = {}
-    for ours in PAIRS:
+    for ours, pair in pairs.items():
         for case, _, name in _COLUMNS:
-            mine, theirs = schemes.get(ours, {"cases": {}})["cases"].get(case), _fastest(peer, ours, case)
+            mine, theirs = pair["ours"].get(case), _fastest(pair, case)
             if mine and theirs:
                 figures[f"{ours}_{name}_to_vllm"] = round(mine["rate"] / theirs[1]["rate"], 3)
     return figures
 
 
-def _fastest(peer: dict[str, Any], ours: str, case: str) -> tuple[str, dict[str, float]] | None:
+def _fastest(pair: dict[str, Any], case: str) -> tuple[str, dict[str, float]] | None:
     """(vLLM's scheme, its figures) of the fastest of those that one of ours is compared with."""
-    found = [(name, peer["schemes"][name][case]) for name in PAIRS[ours] if case in peer["schemes"].get(name, {})]
+    found = [(name, cases[case]) for name, cases in pair["vllm"].items() if case in cases]
     return max(found, key=lambda one: one[1]["rate"], default=None)
 
 
-def peer_table(result: dict[str, Any]) -> list[str]:
-    """The lines of the table, in Markdown: here, vLLM, and how many times its speed ours is."""
-    peer = result["vllm"]
-    lines = [
-        "\nBeside vLLM, each cell: here / vLLM (how many times as fast):\n",
-        "| here / vLLM | " + " | ".join(head for _, head, _ in _COLUMNS) + " |", "|" + "---|" * (1 + len(_COLUMNS)),
-    ]  # fmt: skip
-    for ours, theirs in PAIRS.items():
-        if any(name in peer["schemes"] for name in theirs):
-            cells = [_cell(result, ours, case) for case, _, _ in _COLUMNS]
-            lines.append(f"| {ours} / {theirs[0]} | {' | '.join(cells)} |")
-    versions = ", ".join(f"{name} {number}" for name, number in peer["versions"].items())
-    lines.append(f"\nvLLM: {versions}; of AWQ's kernels the faster{_with_marlin(peer)}.{_other_card(result)}")
-    return lines
+def table(result: dict[str, Any]) -> str:
+    """In Markdown: here, vLLM, and how many times its speed ours is."""
+    heads = " | ".join(head for _, head, _ in _COLUMNS)
+    lines = [f"| here / vLLM (how many times as fast) | {heads} |", "|" + "---|" * (1 + len(_COLUMNS))]
+    for ours, pair in result["pairs"].items():
+        lines.append(f"| {ours} / {PAIRS[ours][0]} | {' | '.join(_cell(pair, case) for case, _, _ in _COLUMNS)} |")
+    with_marlin = any("awq-marlin" in pair["vllm"] for pair in result["pairs"].values())
+    kernels = " Of AWQ's kernels the faster, m: Marlin's." if with_marlin else ""
+    cards = len({tuple(pair["place"]) for pair in result["pairs"].values()})
+    each = "" if cards == 1 else " Each line is of one card, not all of the same."
+    machine = result["machine"]
+    versions = "; ".join(f"{who}: " + ", ".join(map(" ".join, of.items())) for who, of in result["versions"].items())
+    where = f"{machine['day']}, commit {machine['commit']}, {machine['gpu']}, {machine['model']}'s shape"
+    lines.append(f"\n{where}; {versions}.{kernels}{each}")
+    return "\n".join(lines)
 
 
-def _cell(result: dict[str, Any], ours: str, case: str) -> str:
-    mine = result["schemes"].get(ours, {"cases": {}})["cases"].get(case)
-    found = _fastest(result["vllm"], ours, case)
+def _cell(pair: dict[str, Any], case: str) -> str:
+    mine, found = pair["ours"].get(case), _fastest(pair, case)
     if found is None:
         return "-"
     name, theirs = found
@@ -88,11 +115,15 @@ def _cell(result: dict[str, Any], ours: str, case: str) -> str:
     return f"{mine[field]:.{digits}f} / {there} ({mine['rate'] / theirs['rate']:.2f}x)"
 
 
-def _with_marlin(peer: dict[str, Any]) -> str:
-    return ", m: Marlin's" if "awq-marlin" in peer["schemes"] else ""
+def newest() -> str:
+    """The table of the newest saved result."""
+    files: Iterable[Path] = RESULTS.glob("vllm-quant-*.json")
+    found = max(files, default=None)
+    return "Not measured on a GPU yet." if found is None else table(json.loads(found.read_text()))
 
 
-def _other_card(result: dict[str, Any]) -> str:
-    """Said where a ratio is of two cards."""
-    ours = {row.get("gpu_uuid", "") for row in result["rows"] if row.get("engine") != "vllm"}
-    return "" if {*result["vllm"]["gpus"]} <= ours else " Not all of vLLM's rows are of the same card."
+def save(result: dict[str, Any]) -> Path:
+    """Write the result under the day and the commit."""
+    path = RESULTS / f"vllm-quant-{result['machine']['day']}-{result['machine']['commit']}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path

@@ -1,6 +1,6 @@
 """Rows of benchmarks.gpu_quant as one result, and as README's table. No torch: the documentation's tables are made from saved results.
 
-Speed is the median of a case's repeats; shares and ratios are of one run on one card. vLLM's rows are gpu_quant_peer's. Called by
+Speed is the median of a case's repeats; shares and ratios are of one run on one card. vLLM's rows are left to gpu_quant_peer. Called by
 benchmarks.gpu_quant and docs.tables.
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.rows import Row
-from benchmarks.gpu_quant_peer import cases_of, peer_figures, peer_of, peer_table
+from benchmarks.gpu_quant_peer import cases_of
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FP8_KV = ", fp8 KV"  # follows a scheme's name where keys and values were in e4m3
@@ -20,10 +20,9 @@ _ONE, _MANY = "decode1 ", "decode64 "
 
 
 def make_result(rows: Sequence[Row]) -> dict[str, Any]:
-    """The rows by scheme, with perplexities and vLLM's beside them. ValueError if there is no speed of bf16 to compare with."""
-    all_speeds = [row for row in rows if row.get("scheme") and "gpu" in row and row["part"] in ("decode", "offline", "start")]
-    speeds = [row for row in all_speeds if row.get("engine") != "vllm"]
-    peer = peer_of([row for row in all_speeds if row.get("engine") == "vllm"])
+    """The rows by scheme, with perplexities beside them. ValueError if there is no speed of bf16 to compare with."""
+    speeds = [row for row in rows if row.get("scheme") and "gpu" in row and row["part"] in ("decode", "offline", "start")]
+    speeds = [row for row in speeds if row.get("engine") != "vllm"]
     perplexities = {row["scheme"]: row for row in rows if row["part"] == "perplexity"}
     measured = {row["scheme"] for row in speeds} | {"bf16" if name == "as it is" else name for name in perplexities}
     schemes = {scheme: _scheme([row for row in speeds if row["scheme"] == scheme]) for scheme in _in_order(measured)}
@@ -36,8 +35,8 @@ def make_result(rows: Sequence[Row]) -> dict[str, Any]:
     text = next(({key: row[key] for key in ("model", "text", "num_tokens")} for row in perplexities.values()), {})
     return {
         "benchmark": "gpu_quant", "machine": machine, "versions": speeds[-1]["versions"] if speeds else {}, "text": text,
-        "figures": _figures(schemes) | (peer_figures(schemes, peer) if peer else {}), "schemes": schemes,
-        "perplexities": {name: row["perplexity"] for name, row in perplexities.items()}, "vllm": peer, "rows": all_speeds,
+        "figures": _figures(schemes), "schemes": schemes,
+        "perplexities": {name: row["perplexity"] for name, row in perplexities.items()}, "rows": speeds,
     }  # fmt: skip
 
 
@@ -99,8 +98,6 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"\nSpeed: {machine['day']}, commit {machine['commit']}, {machine['gpu']}, {machine['model']}'s shape; {versions}.")
     if text:
         lines.append(f"Perplexity: {text['model']}, float32 with rounded weights, {text['num_tokens']} tokens of {text['text']}.")
-    if result.get("vllm"):
-        lines += peer_table(result)
     return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import gpu_quant_kv_table, gpu_quant_table
+from benchmarks import gpu_quant_kv_table, gpu_quant_peer, gpu_quant_table
 from benchmarks.gpu.table import newest, readme_table
 from docs import (
     cli_tables,
@@ -96,6 +96,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu_benchmark": cpu_benchmark,
     "gpu_benchmark": gpu_benchmark,
     "quantizations": gpu_quant_table.newest,
+    "quantizations_beside_vllm": gpu_quant_peer.newest,
     "kv_names": flag_tables.kv_names,
     "kv_types": gpu_quant_kv_table.newest,
     "quantization_names": flag_tables.quantization_names,

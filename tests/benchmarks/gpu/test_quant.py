@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_quant
+from benchmarks import gpu_quant, gpu_quant_peer
 from benchmarks.gpu import models
 from benchmarks.gpu.models import MODELS
 from benchmarks.gpu.rows import read_rows
@@ -68,26 +68,52 @@ def test_a_result_has_medians_ratios_shares_and_drifts():
         make_result(rows_of("int4", 3.0))
 
 
+def beside(rows: list[dict], engine: str, card: str = "one", **more) -> list[dict]:
+    return [row | {"engine": engine, "gpu_uuid": card, "boot_id": "b1"} | more for row in rows]
+
+
+THERE = [
+    other | {"versions": {"vllm": "0.26.0"}}
+    for name, ms in (("bf16", 5.0), ("awq", 4.0), ("awq-marlin", 2.5))
+    for other in beside(rows_of(name, ms), "vllm")
+    if other["case"] in ("decode1 base", "base")
+]
+
+
 def test_vllm_stands_beside_what_is_alike_and_the_faster_of_its_kernels_counts():
-    there = [
-        other | {"engine": "vllm", "scheme": name, "versions": {"vllm": "0.26.0"}}
-        for name, ms in (("bf16", 5.0), ("awq", 4.0), ("awq-marlin", 2.5))
-        for other in rows_of(name, ms)
-        if other["case"] in ("decode1 base", "base")
-    ]
-    result = make_result([*rows_of("bf16", 6.0), *rows_of("int4", 3.0), *there])
-    assert list(result["schemes"]) == ["bf16", "int4"] and list(result["vllm"]["schemes"]) == ["bf16", "awq", "awq-marlin"]
-    ratios = {name: value for name, value in result["figures"].items() if name.endswith("_to_vllm")}
-    assert ratios == {
+    ours = beside([*rows_of("bf16", 6.0), *rows_of("int4", 3.0)], "ours")
+    result = gpu_quant_peer.make_result([*ours, *THERE])
+    assert result["figures"] == {
         "bf16_decode1_to_vllm": pytest.approx(5 / 6, abs=1e-3), "bf16_offline_to_vllm": pytest.approx(5 / 6, abs=1e-3),
         "int4_decode1_to_vllm": pytest.approx(2.5 / 3, abs=1e-3), "int4_offline_to_vllm": pytest.approx(2.5 / 3, abs=1e-3),
     }  # fmt: skip
-    lines = table(result).splitlines()
+    lines = gpu_quant_peer.table(result).splitlines()
     assert "| int4 / awq | 3.00 / 2.50 m (0.83x) | - | - | - | - | 3333 / 4000 m (0.83x) | - |" in lines
-    assert lines[-1] == "vLLM: vllm 0.26.0; of AWQ's kernels the faster, m: Marlin's."
-    other_card = [row | {"gpu_uuid": "other"} if row.get("engine") == "vllm" else row for row in result["rows"]]
-    assert table(make_result(other_card)).endswith(" Not all of vLLM's rows are of the same card.")
-    assert "vLLM" not in table(make_result(rows_of("bf16", 6.0)))
+    assert lines[-1].endswith("ours: torch 2.11; vllm: vllm 0.26.0. Of AWQ's kernels the faster, m: Marlin's.")
+    assert make_result([*ours, *THERE])["schemes"].keys() == {"bf16", "int4"}  # the table of schemes has ours alone
+
+
+def test_what_is_compared_with_vllm_is_of_one_card_and_one_code():
+    elsewhere = beside(rows_of("int4", 1.0), "ours", "another") + beside(rows_of("int4", 1.0), "ours", code="changed")
+    with pytest.raises(ValueError, match="on one card since one boot"):
+        gpu_quant_peer.make_result([*elsewhere, *THERE])
+    here = beside(rows_of("int4", 5.0), "ours")
+    result = gpu_quant_peer.make_result([*elsewhere, *THERE, *here])
+    assert list(result["pairs"]) == ["int4"] and result["figures"]["int4_decode1_to_vllm"] == 0.5
+    bf16 = beside(rows_of("bf16", 5.0), "ours", "two") + [row | {"gpu_uuid": "two"} for row in THERE if row["scheme"] == "bf16"]
+    both = gpu_quant_peer.make_result([*elsewhere, *THERE, *here, *bf16])
+    assert list(both["pairs"]) == ["bf16", "int4"]
+    assert gpu_quant_peer.table(both).endswith(" Each line is of one card, not all of the same.")
+
+
+def test_rows_beside_vllms_make_a_table_of_their_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_quant_peer, "RESULTS", tmp_path)
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*THERE, *beside(rows_of("int4", 3.0), "ours")]))
+    assert gpu_quant.main(["--table", str(file), "--save"]) == 0
+    assert "| int4 / awq |" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.glob("*.json")] == ["vllm-quant-2026-01-02-abc.json"]
+    assert "| int4 / awq |" in gpu_quant_peer.newest()
 
 
 def test_vllm_is_asked_for_fp8_and_awq_on_the_same_cases(tmp_path, vllm_site):
