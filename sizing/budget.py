@@ -109,8 +109,14 @@ def set_aside(widths: Widths, limits: Limits, item_bytes: int, workspace: int = 
     LoRA kernels' scratch, and the logits of a full batch with their copy in float32 and their sorted one."""
     rows = limits.max_batch_tokens * (2 * widths.widest_out + 8 * widths.hidden_size) * item_bytes
     logits = limits.max_batch_size * widths.vocab_size * (item_bytes + 4 * 6)
-    activations = int(1.2 * (rows + logits)) + limits.max_batch_tokens * 512 * 4 * 4
+    activations = int(1.2 * (rows + logits)) + scratch_bytes(limits.max_batch_tokens)
     return SetAside(SPARE_BYTES + workspace - WORKSPACE_BYTES, activations, GRAPH_BYTES if graphs else 0)
+
+
+def scratch_bytes(max_batch_tokens: int) -> int:
+    """The most that the LoRA kernels' partial sums take on any card: floats of 512 ranks, for each row in 8 parts in steps of up to 1024
+    rows and in 4 in larger ones (kernels.launch has each card's)."""
+    return max(4 * max_batch_tokens, 8 * min(max_batch_tokens, 1024)) * 512 * 4
 
 
 def share_arena(free_bytes: int, bytes_of_block: int, limits: Limits) -> Shares:

@@ -39,7 +39,7 @@ def test_steps_are_kept_room_for():
     mistral = Widths(28672, 4096, 32000)
     kept = set_aside(mistral, Options(), 2, graphs=True)
     assert (kept.spare, kept.graphs) == (SPARE_BYTES, GRAPH_BYTES)
-    assert kept.activations == int(1.2 * (1024 * (2 * 28672 + 8 * 4096) * 2 + 64 * 32000 * 26)) + 1024 * 512 * 16
+    assert kept.activations == int(1.2 * (1024 * (2 * 28672 + 8 * 4096) * 2 + 64 * 32000 * 26)) + 8 * 1024 * 512 * 4
     assert set_aside(mistral, Options(), 2, graphs=False).total == kept.total - GRAPH_BYTES
     assert set_aside(mistral, Options(max_batch_tokens=4096), 2, graphs=True).activations > 3 * kept.activations
 

@@ -3,12 +3,15 @@
 import json
 
 import pytest
+import torch
 
 from server.engine.core import run_until_idle
-from server.engine.tiling import WARM_ROWS
-from server.kernels.launch import _TABLES, card_of, choose, line_of
+from server.engine.tiling import WARM_ROWS, Tiling
+from server.kernels.launch import _TABLES, card_of, choose, line_of, max_split_k
 from server.model.attention import ATTENTION_NAME, PagedAttention
+from server.model.forward import ForwardState
 from server.types import EngineRequest, SamplingParams
+from sizing.budget import scratch_bytes
 from tests.server.engine.peft_oracle import pack, save_adapter
 from tests.server.engine.test_adapters import LLAMA_KINDS, OTHERS, serve_and_compare
 from tests.server.engine.test_core import (  # noqa: F401 - collected here again
@@ -152,3 +155,14 @@ def test_deltas_beside_the_products_are_the_same_answers(folders, tmp_path):  # 
 def test_every_line_of_a_cards_table_has_its_kernels_compiled_at_the_start(capability):
     card = card_of(capability, 64)
     assert [line_of(card, num_rows) for num_rows in WARM_ROWS] == list(_TABLES[card.name])
+
+
+@pytest.mark.parametrize("max_rows", [1, 64, 700, 1024, 1500, 4096, 16384])
+@pytest.mark.parametrize("capability", [(9, 0), (8, 9), (8, 0)])
+def test_the_kernels_partial_sums_are_in_the_budget(monkeypatch, capability, max_rows):
+    card = card_of(capability, 64)
+    monkeypatch.setattr(Tiling, "_card", lambda self: card)
+    tiling = Tiling(ForwardState(), torch.empty(0, device="meta"), max_rows)
+    assert tiling._scratch.nbytes <= scratch_bytes(max_rows)
+    for num_rows in {1, min(513, max_rows), max_rows}:
+        assert max_split_k(card, num_rows) * num_rows <= len(tiling._scratch)
