@@ -83,6 +83,7 @@ class Lifecycle:
         self._leaving_since_at: float | None = None
         self._extended_at = 0.0
         self._stopping: subprocess.Popen[bytes] | None = None
+        self._is_told = True  # the group, where this instance knew first that it goes
         self.drained = False
 
     @property
@@ -97,6 +98,7 @@ class Lifecycle:
 
     def step(self) -> None:
         """Look at what is to come and do the next thing about it."""
+        self._tell_group()
         if self.drained:
             self._return_if_wanted()
             return
@@ -107,6 +109,7 @@ class Lifecycle:
                 return
             log.warning("draining: %s", reason)
             self._leaving_since_at = time.monotonic()
+            self._tell_group()
         self._drain()
 
     def _reason_to_leave(self) -> str | None:
@@ -119,10 +122,20 @@ class Lifecycle:
         if target is not None and target.startswith("Warmed:") and self._was_in_service:
             return "the group returns this instance to its warm pool"
         if notice := self._metadata.spot_notice():
-            # The group learns of it here: it takes the instance out of the load balancer and starts another one now, not in two minutes.
-            self._group.mark_unhealthy("spot")
+            self._is_told = False
             return f"spot notice, {notice}"
         return None
+
+    def _tell_group(self) -> None:
+        """The group learns of a spot notice here: it takes the instance out of the load balancer and starts another one now, not in two
+        minutes. The drain has no time to wait for a call that fails; it is made again at every step."""
+        if self._is_told:
+            return
+        try:
+            self._group.mark_unhealthy("spot")
+            self._is_told = True
+        except Exception as error:
+            log.warning("the group cannot be told of the spot notice, and will be again: %r", error)
 
     def _announce_when_serving(self) -> None:
         """A launch that waits at the hook goes on when the server answers, not before."""

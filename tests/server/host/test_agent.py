@@ -107,6 +107,28 @@ def test_a_hook_that_comes_after_the_drain_is_completed_too(machine):
     assert machine.autoscaling.calls == [("CompleteLifecycleAction", "drain")]
 
 
+def test_a_spot_notice_drains_though_the_group_cannot_be_told_yet(machine, monkeypatch):
+    tried = []
+
+    def fail(reason):
+        tried.append(reason)
+        raise ConnectionError("Auto Scaling does not answer")
+
+    lifecycle = machine.lifecycle()
+    machine.metadata.values["spot/instance-action"] = '{"action": "terminate", "time": "2026-01-01T00:00:00Z"}'
+    with monkeypatch.context() as patch:
+        patch.setattr(machine.group, "mark_unhealthy", fail)
+        step_until(lifecycle, lambda: lifecycle.drained)
+    assert machine.stopped.exists() and machine.health == "Healthy" and set(tried) == {"spot"} and len(tried) > 1
+    lifecycle.step()  # now it answers
+    assert machine.health == "Unhealthy"
+    tried.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(machine.group, "mark_unhealthy", fail)
+        lifecycle.step()
+    assert not tried  # it was told
+
+
 def test_the_server_is_not_stopped_before_the_load_balancer_has_let_go(machine):
     lifecycle = machine.lifecycle()
     lifecycle._settle_s = 60.0
