@@ -112,7 +112,7 @@ def choose(
                     chosen[num_rows] = gemm
                 continue
             gemms = _right(propose(num_rows, some[0]), x, some[0])
-            times = [timer(gemm, x, some) for gemm in (F.linear, *gemms)]
+            times = [timer(gemm, x, some) for gemm in (F.linear, *gemms)] if gemms else [0.0]  # float32 has no others to compare
         except _FAILURES as error:
             log.warning("products of %d rows and more stay torch's own: %s", num_rows, error)
             return chosen

@@ -91,6 +91,12 @@ def test_a_library_that_fails_leaves_torchs_own(error, caplog):
     assert found == {4: right} and f"8 rows and more stay torch's own: {error}" in caplog.text
 
 
+def test_where_nothing_is_proposed_nothing_is_timed():
+    kept = {}
+    assert choose([4], [aligned(8, 16)], kept, propose=lambda *_: [], timer=lambda gemm, x, weights: 1 / 0) == {}
+    assert list(kept.values()) == [None]  # nor asked for again
+
+
 def test_each_number_of_rows_has_its_own_choice_and_weights_take_turns():
     seen = []
 
