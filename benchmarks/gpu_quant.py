@@ -137,7 +137,13 @@ def _tables(arguments: argparse.Namespace) -> int:
     schemes = [row for row in rows if row["part"] != "kv"] if has_base or not beside else []  # where ours is there only beside vLLM's
     for module, own in ((gpu_quant_table, schemes), (gpu_quant_kv_table, of_kv), (gpu_quant_peer, beside)):
         if own or (module is gpu_quant_table and not of_kv and not beside):
-            result = module.make_result(own)
+            try:
+                result = module.make_result(own)
+            except ValueError as error:
+                if module is not gpu_quant_peer or not schemes:
+                    raise
+                print(f"\nno table beside vLLM: {error}")  # ours has its own
+                continue
             print(module.table(result))
             if arguments.save:
                 print(f"\nwrote {module.save(result)}")

@@ -1,13 +1,13 @@
 """vLLM's rows of benchmarks.gpu_quant beside ours: the pairs that are compared, their figures, and the table of them. No torch.
 
 Compared is what is alike in size: fp8 with fp8, our `int4` with AWQ (4 bits, groups of 128, whole zeros). Of AWQ there are two kernels in
-vLLM, what it chooses itself and Marlin: each case is compared with the faster. A pair is of one card since one boot, and of one code; two
-pairs may be of two. Called by benchmarks.gpu_quant and docs.tables.
+vLLM, what it chooses itself and Marlin: each case is compared with the faster. A pair is of one card since one boot, two pairs may be of
+two; all are of one code, the newest that was measured. Called by benchmarks.gpu_quant and docs.tables.
 """
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,27 +37,28 @@ def cases_of(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
 
 
 def make_result(rows: Sequence[Row]) -> dict[str, Any]:
-    """The pairs that were measured. ValueError if no scheme was measured in both engines on one card since one boot, with one
-    code."""
-    speeds = [row for row in rows if row.get("scheme") and row["part"] in _PARTS]
+    """The pairs that were measured with the newest code. ValueError if none was, in both engines on one card since one boot."""
+    speeds = [row for row in rows if row.get("scheme") and row.get("engine") and row["part"] in _PARTS]
+    newest_code = max(speeds, key=lambda row: row["at"])["code"] if speeds else None
+    speeds = [row for row in speeds if row["code"] == newest_code]
     pairs = {ours: pair for ours, theirs in PAIRS.items() if (pair := _pair(speeds, ours, theirs)) is not None}
     if not pairs:
-        raise ValueError("no scheme has rows of both engines on one card since one boot, of one code: nothing can be compared")
+        raise ValueError("no scheme has rows of both engines on one card since one boot, of the newest code: nothing can be compared")
     counted = [row for row in speeds if any(_place(row) == tuple(pair["place"]) for pair in pairs.values())]
     return {
         "benchmark": "gpu_quant_peer",
-        "machine": {key: counted[-1][key] for key in ("gpu", "driver", "python", "commit", "code", "model", "day")},
+        "machine": {key: counted[-1][key] for key in ("gpu", "driver", "python", "commit", "code", "model", "day", "at")},
         "versions": {engine: next(row["versions"] for row in counted if row["engine"] == engine) for engine in ("ours", "vllm")},
         "figures": _figures(pairs), "pairs": pairs, "rows": counted,
     }  # fmt: skip
 
 
-def _place(row: Row) -> tuple[str, str, str]:
-    return row["gpu_uuid"], row["boot_id"], row["code"]
+def _place(row: Row) -> tuple[str, str]:
+    return row["gpu_uuid"], row["boot_id"]
 
 
 def _pair(rows: Sequence[Row], ours: str, theirs: Sequence[str]) -> dict[str, Any] | None:
-    """Both engines' cases of a scheme, of the place where the most cases are in both; None if there is none."""
+    """Both engines' cases of a scheme, of the place where the most cases are in both, the latest of such; None if there is none."""
     found = []
     for place in dict.fromkeys(map(_place, rows)):
         here = [row for row in rows if _place(row) == place]
@@ -65,8 +66,8 @@ def _pair(rows: Sequence[Row], ours: str, theirs: Sequence[str]) -> dict[str, An
         other = {name: cases_of([row for row in here if row["engine"] == "vllm" and row["scheme"] == name]) for name in theirs}
         other = {name: cases for name, cases in other.items() if cases}
         if common := mine.keys() & {case for cases in other.values() for case in cases}:
-            found.append((len(common), {"place": list(place), "ours": mine, "vllm": other}))
-    return max(found, key=lambda each: each[0])[1] if found else None
+            found.append((len(common), max(row["at"] for row in here), {"place": list(place), "ours": mine, "vllm": other}))
+    return max(found, key=lambda each: each[:2])[2] if found else None
 
 
 def _figures(pairs: dict[str, Any]) -> dict[str, float]:
@@ -94,7 +95,7 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"| {ours} / {PAIRS[ours][0]} | {' | '.join(_cell(pair, case) for case, _, _ in _COLUMNS)} |")
     with_marlin = any("awq-marlin" in pair["vllm"] for pair in result["pairs"].values())
     kernels = " Of AWQ's kernels the faster, m: Marlin's." if with_marlin else ""
-    cards = len({tuple(pair["place"]) for pair in result["pairs"].values()})
+    cards = len({pair["place"][0] for pair in result["pairs"].values()})
     each = "" if cards == 1 else " Each line is of one card, not all of the same."
     machine = result["machine"]
     versions = "; ".join(f"{who}: " + ", ".join(map(" ".join, of.items())) for who, of in result["versions"].items())
@@ -117,9 +118,8 @@ def _cell(pair: dict[str, Any], case: str) -> str:
 
 def newest() -> str:
     """The table of the newest saved result."""
-    files: Iterable[Path] = RESULTS.glob("vllm-quant-*.json")
-    found = max(files, default=None)
-    return "Not measured on a GPU yet." if found is None else table(json.loads(found.read_text()))
+    found = [json.loads(path.read_text()) for path in RESULTS.glob("vllm-quant-*.json")]
+    return table(max(found, key=lambda result: result["machine"]["at"])) if found else "Not measured on a GPU yet."
 
 
 def save(result: dict[str, Any]) -> Path:

@@ -1,8 +1,8 @@
 """The part `start`: from starting the server's process to the first token over HTTP, with no cache at all, then with what that left behind.
 
-Every cache of compiled code is under one new folder: torch's, Triton's, FlashInfer's, Python's bytecode (which an installation has, and a
-machine on which packages were only unpacked has not), and whatever else goes below the home folder. The base's weights are made, not read:
-the phase `load` stands in the rows, and the seconds without it.
+Every cache of compiled code is under one new folder: torch's, Triton's, FlashInfer's, Python's bytecode, and whatever else goes below the
+home folder. An installation has bytecode, a machine on which packages were only unpacked has not; here the first start always makes all of
+it. The base's weights are made, not read: the phase `load` stands in the rows, and the seconds without it.
 """
 
 import re

@@ -81,9 +81,12 @@ class Watch:
 
 
 def held_descriptors(process: psutil.Process) -> int:
-    """Descriptors that a process holds by itself. Connections that are open at both ends are their clients', who keep some for later."""
+    """Descriptors that a process holds by itself: without the open connections to its ports, which are their clients', who keep some for
+    later."""
     connections = process.net_connections(kind="tcp")
-    return process.num_fds() - sum(1 for connection in connections if connection.status == psutil.CONN_ESTABLISHED)
+    ports = {connection.laddr.port for connection in connections if connection.status == psutil.CONN_LISTEN}
+    clients = [one for one in connections if one.status == psutil.CONN_ESTABLISHED and one.laddr.port in ports]
+    return process.num_fds() - len(clients)
 
 
 def leaked(looks: list[Look], empty: Look) -> dict[str, int]:

@@ -2,6 +2,9 @@
 
 import random
 import socket
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -24,20 +27,40 @@ def test_a_short_soak_is_clean(capsys):
     assert "wrong 0, lost 0, leaked 0 bytes, 0 descriptors, 0 blocks" in printed and "300 requests over 24 adapters" in printed
 
 
-def test_descriptors_are_counted_without_connections_that_clients_keep(tmp_path):
-    process = psutil.Process()
-    before = held_descriptors(process)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        listening = held_descriptors(process)
-        assert listening == before + 1
-        with socket.create_connection(server.getsockname()) as client:
-            accepted, _ = server.accept()
-            assert held_descriptors(process) == listening
-            with (tmp_path / "file").open("w"):
-                assert held_descriptors(process) == listening + 1
-        assert client.fileno() == -1 and held_descriptors(process) == listening + 1  # the client is gone: it should have been closed
-        accepted.close()
-    assert held_descriptors(process) == before
+_SERVER = """
+import socket, sys
+server = socket.create_server(("127.0.0.1", 0))
+print(server.getsockname()[1], flush=True)
+held = []
+for line in sys.stdin:
+    match line.split():
+        case ["accept"]: held.append(server.accept()[0])
+        case ["connect", port]: held.append(socket.create_connection(("127.0.0.1", int(port))))
+        case ["close"]: held.pop().close()
+    print("done", flush=True)
+"""
+
+
+def test_descriptors_are_counted_without_connections_that_clients_keep():
+    with subprocess.Popen([sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        process, port = psutil.Process(child.pid), int(child.stdout.readline())
+
+        def tell(order: str) -> int:
+            child.stdin.write(order + "\n")
+            child.stdin.flush()
+            assert child.stdout.readline() == "done\n"
+            return held_descriptors(process)
+
+        before = held_descriptors(process)
+        with socket.create_connection(("127.0.0.1", port)):
+            assert tell("accept") == before
+        give_up_at = time.monotonic() + 30
+        while held_descriptors(process) == before:  # the client is gone: it should have been closed
+            assert time.monotonic() < give_up_at
+        assert tell("close") == before
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            assert tell(f"connect {other.getsockname()[1]}") == before + 1  # one of its own
+        child.stdin.close()
 
 
 def test_each_content_has_tokens_of_its_own(tmp_path):

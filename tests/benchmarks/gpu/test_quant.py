@@ -69,7 +69,7 @@ def test_a_result_has_medians_ratios_shares_and_drifts():
 
 
 def beside(rows: list[dict], engine: str, card: str = "one", **more) -> list[dict]:
-    return [row | {"engine": engine, "gpu_uuid": card, "boot_id": "b1"} | more for row in rows]
+    return [row | {"engine": engine, "gpu_uuid": card, "boot_id": "b1", "at": 5.0} | more for row in rows]
 
 
 THERE = [
@@ -94,7 +94,7 @@ def test_vllm_stands_beside_what_is_alike_and_the_faster_of_its_kernels_counts()
 
 
 def test_what_is_compared_with_vllm_is_of_one_card_and_one_code():
-    elsewhere = beside(rows_of("int4", 1.0), "ours", "another") + beside(rows_of("int4", 1.0), "ours", code="changed")
+    elsewhere = beside(rows_of("int4", 1.0), "ours", "another") + beside(rows_of("int4", 1.0), "ours", code="before", at=1.0)
     with pytest.raises(ValueError, match="on one card since one boot"):
         gpu_quant_peer.make_result([*elsewhere, *THERE])
     here = beside(rows_of("int4", 5.0), "ours")
@@ -104,6 +104,9 @@ def test_what_is_compared_with_vllm_is_of_one_card_and_one_code():
     both = gpu_quant_peer.make_result([*elsewhere, *THERE, *here, *bf16])
     assert list(both["pairs"]) == ["bf16", "int4"]
     assert gpu_quant_peer.table(both).endswith(" Each line is of one card, not all of the same.")
+    again = [row | {"boot_id": "b2", "at": 9.0} for row in (*THERE, *beside(rows_of("int4", 2.5), "ours"))]
+    latest = gpu_quant_peer.make_result([*THERE, *here, *again])
+    assert latest["figures"]["int4_decode1_to_vllm"] == 1.0 and "not all of the same" not in gpu_quant_peer.table(latest)
 
 
 def test_rows_beside_vllms_make_a_table_of_their_own(tmp_path, monkeypatch, capsys):
@@ -114,6 +117,10 @@ def test_rows_beside_vllms_make_a_table_of_their_own(tmp_path, monkeypatch, caps
     assert "| int4 / awq |" in capsys.readouterr().out
     assert [path.name for path in tmp_path.glob("*.json")] == ["vllm-quant-2026-01-02-abc.json"]
     assert "| int4 / awq |" in gpu_quant_peer.newest()
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*THERE, *beside(rows_of("bf16", 6.0), "ours", "another")]))
+    assert gpu_quant.main(["--table", str(file)]) == 0  # ours has its table all the same
+    printed = capsys.readouterr().out
+    assert "| bf16 | 12.0 |" in printed and "no table beside vLLM: no scheme has rows of both" in printed
 
 
 def test_vllm_is_asked_for_fp8_and_awq_on_the_same_cases(tmp_path, vllm_site):

@@ -2,6 +2,9 @@
 
 import http.server
 import json
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -47,6 +50,9 @@ def test_start(tmp_path):
         assert row["case"] == case and 0 < row["seconds_without_weights"] <= row["seconds"] - row["phases"]["load"] + 0.002
         assert row["healthy_s"] < row["seconds"] and row["progress_lines"] >= 3 and row["adapter_first_token_s"] > 0
     assert not list(tmp_path.glob("caches-*"))
+    caches = tmp_path / "caches"
+    subprocess.run([sys.executable, "-c", "import json"], env=os.environ | cache_environment(caches), check=True)
+    assert list((caches / "bytecode").rglob("*.pyc"))
     environment = cache_environment(tmp_path.__class__("/c"))
     assert environment.pop("PYTHONDONTWRITEBYTECODE") == ""  # Python's word for "not set"
     assert all(path.startswith("/c/") or path == "/c" for path in environment.values())

@@ -94,6 +94,14 @@ def test_deltas_never_run_on_the_stream_that_captures(monkeypatch):
             assert tiling._side_stream() is side
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="looks at what is timed without a graph")
+def test_few_rows_have_an_adapter_each(trials):
+    timer, _, state, _ = trials(SHAPES[0])
+    tiles = []
+    timer(lambda x, weight: tiles.append(state.tiles) or F.linear(x, weight), torch.randn(5, 48), [torch.randn(48, 48)])
+    assert all(len({*each.tile_base[each.tile_base != NONE].tolist()}) == 5 for each in tiles)
+
+
 def test_a_group_that_no_kernel_can_say_is_left_alone(trials):
     shape = GroupShape(16, tuple((16 * i, 16 * i + 16) for i in range(5)), 0)
     timer, *_ = trials(shape)
