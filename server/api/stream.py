@@ -8,7 +8,6 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
-from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
@@ -158,44 +157,34 @@ class EventStream(Response):
             raise error
 
     async def _pump(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = self._patience_s == 0
-        pending: asyncio.Future[bytes | None] = asyncio.ensure_future(anext(self._events, None))
+        wire = _Wire(send, self._start_message, (self._patience_s, self._keep_alive_s), self._write_timeout_s)
         try:
-            if started:
-                await self._start(send)
+            if self._patience_s == 0:
+                await wire.send(b"")
             while True:
-                wait_s = self._keep_alive_s if started else self._patience_s
-                done, _ = await asyncio.wait({pending}, timeout=wait_s)
-                frame: bytes | None = KEEP_ALIVE if started else b""
-                if done:
-                    try:
-                        frame = pending.result()
-                    except Exception as error:
-                        failure = internal_error(error)
-                        if not started:
-                            async with asyncio.timeout(self._write_timeout_s):
-                                await error_response(failure, self._dialect)(scope, receive, send)
-                            return
-                        frame = event(self._dialect(failure)[1])
-                        pending = asyncio.ensure_future(_nothing())
-                    else:
-                        pending = asyncio.ensure_future(anext(self._events, None))
-                if not started:
-                    await self._start(send)
-                    started = True
+                try:
+                    frame = await anext(self._events, None)
+                except Exception as error:
+                    failure = internal_error(error)
+                    if not wire.has_begun:
+                        wire.close()
+                        async with asyncio.timeout(self._write_timeout_s):
+                            await error_response(failure, self._dialect)(scope, receive, send)
+                        return
+                    await wire.send(event(self._dialect(failure)[1]))
+                    break
                 if frame is None:
                     break
-                if frame:
-                    await self._send(send, {"type": "http.response.body", "body": frame, "more_body": True})
-            await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
-        except TimeoutError:
+                await wire.send(frame)
+            await wire.send(b"", is_last=True)
+        except (TimeoutError, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and not wire.is_stuck:
+                raise
             log.info("a client took nothing for %.0f s and was dropped", self._write_timeout_s)
         finally:
-            pending.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await pending
+            wire.close()
 
-    async def _start(self, send: Send) -> None:
+    def _start_message(self) -> Message:
         headers = {
             "content-type": "text/event-stream",
             "cache-control": "no-cache",
@@ -203,13 +192,58 @@ class EventStream(Response):
             **self._make_headers(),
         }
         raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-        await self._send(send, {"type": "http.response.start", "status": 200, "headers": raw})
-
-    async def _send(self, send: Send, message: Message) -> None:
-        """TimeoutError if the client takes nothing for too long."""
-        async with asyncio.timeout(self._write_timeout_s):
-            await send(message)
+        return {"type": "http.response.start", "status": 200, "headers": raw}
 
 
-async def _nothing() -> None:
-    return None
+class _Wire:
+    """What one task sends of a stream: frames as they come, the start before the first, a comment where none comes for long.
+
+    One timer looks after all of it: a task, a timeout or a timer for each frame would cost more than the frame (benchmarks/LOG.md). A
+    message that is not taken in time cancels the task that made this (`is_stuck`)."""
+
+    def __init__(self, send: Send, make_start: Callable[[], Message], silences_s: tuple[float, float], write_timeout_s: float) -> None:
+        """`silences_s`: how long nothing is said before the start (0: whoever makes this begins at once), and after it."""
+        self._send, self._make_start, self._silences_s, self._write_timeout_s = send, make_start, silences_s, write_timeout_s
+        self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
+        self._lock = asyncio.Lock()  # a comment may be under way
+        self._comment: asyncio.Task[None] | None = None
+        self._is_sending, self._since = False, self._loop.time()  # since when it sends, or does not
+        self.has_begun = self.is_stuck = False
+        self._timer = self._loop.call_later(min(silences_s[0] or silences_s[1], write_timeout_s), self._look)
+
+    async def send(self, frame: bytes, *, is_last: bool = False) -> None:
+        """Send the start if that was not, and the frame unless it is empty. TimeoutError if the client has been found to take nothing."""
+        async with self._lock:
+            if self.is_stuck:
+                raise TimeoutError
+            self._is_sending, self._since = True, self._loop.time()
+            try:
+                if not self.has_begun:
+                    self.has_begun = True
+                    await self._send(self._make_start())
+                if frame or is_last:
+                    await self._send({"type": "http.response.body", "body": frame, "more_body": not is_last})
+            finally:
+                self._is_sending, self._since = False, self._loop.time()
+
+    def close(self) -> None:
+        """Say no more by itself."""
+        self._timer.cancel()
+        if self._comment is not None:
+            self._comment.cancel()
+
+    @property
+    def _silence_s(self) -> float:
+        return self._silences_s[self.has_begun]
+
+    def _look(self) -> None:
+        now, due_at = self._loop.time(), self._since + (self._write_timeout_s if self._is_sending else self._silence_s)
+        if now >= due_at and self._is_sending:
+            self.is_stuck = True
+            self._task.cancel()
+            return
+        if now >= due_at:
+            self._comment = self._loop.create_task(self.send(KEEP_ALIVE if self.has_begun else b""))
+            self._comment.add_done_callback(lambda task: task.cancelled() or task.exception())  # a connection that broke is seen elsewhere
+            due_at = now + self._silences_s[1]
+        self._timer = self._loop.call_at(min(due_at, now + self._write_timeout_s), self._look)

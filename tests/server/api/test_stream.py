@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.api.stream import EventStream, native_error
+from server.api.stream import KEEP_ALIVE, EventStream, native_error
 from server.errors import ValidationFailed
 from tests.server.api.live import LiveServer, live_server, wait_for
 
@@ -214,3 +214,70 @@ async def test_errors_end_a_stream(error: Exception, words: str) -> None:
     assert frames[:2] == [b"data: 0\n\n", b"data: 1\n\n"] and frames[-1] == b""
     assert json.loads(frames[2][6:])["error"] == words
     assert connection.sent[-1]["more_body"] is False and numbers.closed
+
+
+class Slow(Connection):
+    """A client that takes comments only when it is let."""
+
+    def __init__(self, *, lets: bool) -> None:
+        super().__init__()
+        self.asked, self.may_go_on = asyncio.Event(), asyncio.Event()
+        self._lets = lets
+
+    async def send(self, message: dict) -> None:
+        if message.get("body") == KEEP_ALIVE:
+            self.asked.set()
+            await (self.may_go_on if self._lets else asyncio.Event()).wait()
+        self.sent.append(message)
+
+
+async def test_what_comes_while_a_comment_is_under_way_comes_behind_it() -> None:
+    connection = Slow(lets=True)
+
+    async def events():
+        yield b"data: 0\n\n"
+        await connection.asked.wait()
+        asyncio.get_running_loop().call_later(0.05, connection.may_go_on.set)
+        for n in (1, 2):
+            yield f"data: {n}\n\n".encode()
+
+    stream = EventStream(events(), dialect=native_error, headers=dict, keep_alive_s=0.02, write_timeout_s=5)
+    async with asyncio.timeout(10):
+        await stream({}, connection.receive, connection.send)
+    bodies = [message["body"] for message in connection.sent[1:]]
+    assert bodies == [b"data: 0\n\n", KEEP_ALIVE, b"data: 1\n\n", b"data: 2\n\n", b""]
+
+
+async def test_a_client_that_does_not_take_a_comment_is_dropped_in_its_silence() -> None:
+    connection, closed = Slow(lets=False), asyncio.Event()
+
+    async def events():
+        try:
+            yield b"data: 0\n\n"
+            await asyncio.Event().wait()
+        finally:
+            closed.set()
+
+    stream = EventStream(events(), dialect=native_error, headers=dict, keep_alive_s=0.02, write_timeout_s=0.1)
+    async with asyncio.timeout(10):
+        await stream({}, connection.receive, connection.send)
+    assert closed.is_set() and [message["body"] for message in connection.sent[1:]] == [b"data: 0\n\n"]
+
+
+async def test_an_event_takes_no_task_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks: list[asyncio.Task] = []
+
+    def make(loop, coroutine, **options):
+        tasks.append(asyncio.Task(coroutine, loop=loop, **options))
+        return tasks[-1]
+
+    async def events():
+        for n in range(100):
+            await asyncio.sleep(0)
+            yield f"data: {n}\n\n".encode()
+
+    asyncio.get_running_loop().set_task_factory(make)
+    connection = Connection()
+    stream = EventStream(events(), dialect=native_error, headers=dict, keep_alive_s=5, write_timeout_s=5)
+    await stream({}, connection.receive, connection.send)
+    assert len(connection.sent) == 102 and len(tasks) == 2
