@@ -17,12 +17,12 @@ from typing import TypeVar
 
 from server.api.adapter_lists import AdapterLists
 from server.api.adapter_tokenizers import AdapterTokenizers
-from server.api.known import Flight, Key, Known, KnownAdapters, version_of
+from server.api.known import PATIENCE_S, Flight, Key, Known, KnownAdapters, version_of
 from server.api.mending import PackMender
 from server.api.packing import AdapterPacker, Packed
 from server.api.residency import Residency
 from server.api.selection import AdapterSelection, Merge, ResolvedAdapter
-from server.api.source_threads import SourceThreads, Work
+from server.api.source_threads import SourceThreads
 from server.api.text.tokenizer import Tokenizer
 from server.errors import SHUTTING_DOWN, AdapterNotFound, ServerError, SourceUnavailable, Unavailable
 from server.metrics import Metrics
@@ -38,9 +38,12 @@ Result = TypeVar("Result")
 Stamps = Callable[[str, Sequence[str]], tuple[int, ...]]
 
 _REMEMBER_FAILURE_S = 1.0
-_PATIENCE_S = 2.0  # with a source that is asked whether what is known still holds
 _MAX_STALE_S = 3600.0  # what a source that is away said last is believed for so long
 _SAY_STALE_S, _NUM_ATTEMPTS = 60.0, 3  # attempts: when the source changes under our hands
+
+
+class _PackGone(Exception):
+    """What is known of an adapter is right, but its pack is not on disk any more."""
 
 
 class AdapterResolver:
@@ -145,36 +148,40 @@ class AdapterResolver:
             tokenizer = self._tokenizer(known)
             snapshots: list[Snapshot] | None = None
             if known is not None and tokenizer is not None:
-                on_disk = await self._in_time(flight, source, "known", lambda path=known.ref.path: mark_used(Path(path)))
-                if on_disk is not False:
+                try:
                     snapshots = await self._asked_again(flight, source, key, known, selection)
                     if snapshots is None:
                         return self._resolved(known, tokenizer)
+                except _PackGone:
+                    pass
             if snapshots is None:  # unknown, or the store let its pack go, or the cache its tokenizer
-                snapshots = await self._in_thread(flight, source, "fetch", lambda: self._ask(source, selection))
-            packed = await self._in_thread(flight, source, "fetch", lambda: self._make(source, selection, snapshots, layout))
+                snapshots = await flight.run(self._threads, source, "fetch", lambda: self._ask(source, selection))
+            packed = await flight.run(self._threads, source, "fetch", lambda: self._make(source, selection, snapshots, layout))
         self._known.forget(key)
         if all(one.settled for one in packed.snapshots):
             self._known.remember(key, Known.of(packed))
         found = self._resolved(Known.of(packed), packed.own[1] if packed.own is not None else self._base)
         return replace(found, tier="source") if packed.is_new else found
 
-    async def _in_thread(self, flight: Flight, source: str, work: Work, run: Callable[[], Result]) -> Result:
-        """The result of `run`; nothing is begun for a flight that everybody left."""
-        if flight.num_waiting == 0:
-            raise asyncio.CancelledError
-        flight.job = self._threads.submit(source, work, run)
-        try:
-            return await asyncio.wrap_future(flight.job)
-        finally:
-            flight.job = None
-
     async def _asked_again(self, flight: Flight, source: str, key: Key, known: Known, selection: AdapterSelection) -> list[Snapshot] | None:
         """The source's snapshots if they are of other versions than what is known; None if that may be used. While the source is away it
-        may, for an hour: what is in memory and on disk here needs no source. A source that says no is believed."""
+        may, for an hour: what is in memory and on disk here needs no source. A source that says no is believed. _PackGone if the store
+        let go of the pack."""
         age_s = time.monotonic() - known.checked_at
-        if not known.cheap and age_s < self._recheck_s:
-            return None
+
+        def find_pack() -> None:
+            if not mark_used(Path(known.ref.path)):
+                raise _PackGone
+
+        def ask() -> list[Snapshot]:
+            if known.cheap:  # in one go: a busy server's thread waits for its turn each time that it is handed something
+                find_pack()
+            return self._ask(source, selection)
+
+        if not known.cheap:
+            await flight.run_in_time(self._threads, source, "known", find_pack)
+            if age_s < self._recheck_s:
+                return None
 
         def take(snapshots: list[Snapshot]) -> list[Snapshot] | None:
             if known.version != version_of(snapshots):
@@ -189,9 +196,7 @@ class AdapterResolver:
                 self._known.forget(key)  # the next request asks, and waits
 
         try:
-            snapshots = await self._in_time(
-                flight, source, "known" if known.cheap else "ask", lambda: self._ask(source, selection), take_late
-            )
+            snapshots = await flight.run_in_time(self._threads, source, "known" if known.cheap else "ask", ask, take_late)
         except SourceUnavailable as error:
             if age_s > _MAX_STALE_S:
                 raise
@@ -201,30 +206,8 @@ class AdapterResolver:
             return take(snapshots)
         if age_s > _MAX_STALE_S:
             raise SourceUnavailable(f"Source '{source}' has not answered for an hour; try again")
-        self._note_stale(source, f"no answer within {_PATIENCE_S:g} s")
+        self._note_stale(source, f"no answer within {PATIENCE_S:g} s")
         return None
-
-    async def _in_time(
-        self, flight: Flight, source: str, work: Work, run: Callable[[], Result],
-        take_late: Callable[[asyncio.Future[Result]], None] = lambda asked: None,
-    ) -> Result | None:  # fmt: skip
-        """As `_in_thread`, for short work on what is known: None if it takes long, or other such work does already."""
-        if self._threads.is_late(source, work):
-            return None
-        if flight.num_waiting == 0:
-            raise asyncio.CancelledError
-        flight.job = job = self._threads.submit(source, work, run)
-        try:
-            asked = asyncio.wrap_future(job)
-            await asyncio.wait({asked}, timeout=_PATIENCE_S)
-            if asked.done():
-                return asked.result()
-            if not job.cancel():
-                self._threads.note_late(source, work, job)
-                asked.add_done_callback(take_late)
-            return None
-        finally:
-            flight.job = None
 
     def _note_stale(self, source: str, why: str) -> None:
         now = time.monotonic()

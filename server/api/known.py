@@ -3,18 +3,21 @@
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from server.api.packing import Packed
 from server.api.selection import ResolvedAdapter
+from server.api.source_threads import SourceThreads, Work
 from server.sources import Snapshot
 from server.types import AdapterRef
 
 Key = tuple[object, ...]
+Result = TypeVar("Result")
 
+PATIENCE_S = 2.0  # with a source that is asked whether what is known still holds
 _MAX_REMEMBERED = 20_000  # adapters; an entry is small
 
 
@@ -56,6 +59,39 @@ class Flight:
         """Whether nobody let it finish, and not whoever waits for it now is being cancelled."""
         task = asyncio.current_task()
         return self.task.cancelled() and self.num_waiting > 0 and (task is None or task.cancelling() == 0)
+
+    async def run(self, threads: SourceThreads, source: str, work: Work, job: Callable[[], Result]) -> Result:
+        """The result of `job`, in a thread; nothing is begun for a flight that everybody left."""
+        self.job = self._submit(threads, source, work, job)
+        try:
+            return await asyncio.wrap_future(self.job)
+        finally:
+            self.job = None
+
+    async def run_in_time(
+        self, threads: SourceThreads, source: str, work: Work, job: Callable[[], Result],
+        take_late: Callable[[asyncio.Future[Result]], None] = lambda asked: None,
+    ) -> Result | None:  # fmt: skip
+        """As `run`, for short work on what is known: None if it takes long, or other such work does already."""
+        if threads.is_late(source, work):
+            return None
+        self.job = running = self._submit(threads, source, work, job)
+        try:
+            asked = asyncio.wrap_future(running)
+            await asyncio.wait({asked}, timeout=PATIENCE_S)
+            if asked.done():
+                return asked.result()
+            if not running.cancel():
+                threads.note_late(source, work, running)
+                asked.add_done_callback(take_late)
+            return None
+        finally:
+            self.job = None
+
+    def _submit(self, threads: SourceThreads, source: str, work: Work, job: Callable[[], Result]) -> Future[Result]:
+        if self.num_waiting == 0:
+            raise asyncio.CancelledError
+        return threads.submit(source, work, job)
 
 
 class KnownAdapters:

@@ -96,6 +96,27 @@ async def test_a_known_adapter_waits_for_no_cold_one(tmp_path: Path, resolver: A
     assert all(isinstance(error, AdapterNotFound) for error in await asyncio.gather(*cold, return_exceptions=True))
 
 
+@pytest.mark.parametrize("change", [lambda snapshot: snapshot, far], ids=["in place", "fetched"])
+async def test_a_known_adapter_takes_one_turn_of_a_thread_and_is_made_anew_if_its_pack_is_gone(
+    tmp_path: Path, resolver: AdapterResolver, sources: Gate, monkeypatch: pytest.MonkeyPatch, change: Callable
+) -> None:
+    sources.change = change
+    write_adapter(tmp_path / "adapters/one")
+    ref = (await resolver.resolve(pick("one"), layout(100))).ref
+    work: list[str] = []
+    submit = SourceThreads.submit
+
+    def count(self, source: str, kind, run):
+        work.append(kind)
+        return submit(self, source, kind, run)
+
+    monkeypatch.setattr(SourceThreads, "submit", count)
+    assert (await resolver.resolve(pick("one"), layout(100))).ref == ref and work == ["known"]
+    Path(ref.path).unlink()
+    assert (await resolver.resolve(pick("one"), layout(100))).tier == "source" and Path(ref.path).exists()
+    assert work == ["known", "known", "fetch", "fetch"]
+
+
 async def test_who_joins_a_flight_after_the_adapter_was_replaced_gets_the_new_one(
     tmp_path: Path, resolver: AdapterResolver, sources: Gate
 ) -> None:
