@@ -27,6 +27,8 @@ from server.errors import (
 
 log = logging.getLogger(__name__)
 
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))  # json.dumps would make one for each event
+
 Result = TypeVar("Result")
 
 
@@ -81,7 +83,7 @@ def json_response(body: Any, *, status: int = 200, headers: Mapping[str, str] | 
 
 def dump(body: Any) -> bytes:
     """JSON in UTF-8."""
-    return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", errors="replace")
+    return _JSON.encode(body).encode("utf-8", errors="replace")
 
 
 def event(body: Any) -> bytes:

@@ -25,7 +25,7 @@ class Detokenizer:
         """Let the window begin at `read`; all that is in it has been returned."""
         self._ids = self._ids[read:]
         self._read = len(self._ids)
-        self._seen = self._tokenizer.decode(self._ids)
+        self._seen = self._tokenizer.decode_one(self._ids[0]) if self._read == 1 else self._tokenizer.decode(self._ids)
         self._num_returned = 0  # characters after self._seen
 
     def add(self, id: int) -> str:

@@ -32,13 +32,14 @@ def _byte_letters() -> dict[str, int]:
 _BYTE_OF = _byte_letters()
 MAX_TOKENIZER_BYTES = 64 << 20  # of an adapter's tokenizer.json
 _BATCH_CHARS = 4096  # from here on letting other threads run is worth the way through the library's pool
+_MAX_ALONE = 16_384  # ids whose text by itself is remembered
 _INTERRUPTS = (KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError)
 _FIXED_SECTIONS = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "model")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
 
 
 class Tokenizer:
-    """Encodes and decodes. Safe to use from several threads: nothing changes after it is made."""
+    """Encodes and decodes. Safe to use from several threads: nothing that is said of a text changes after it is made."""
 
     def __init__(self, fast: FastTokenizer, config: dict[str, Any], *, chat_template: str | None, extra_eos: Sequence[int] = ()) -> None:
         self._fast = fast
@@ -56,6 +57,7 @@ class Tokenizer:
         self.eos_ids = tuple(sorted(set(extra_eos) | ({eos} if eos is not None else set())))
         vocabulary = fast.get_vocab(with_added_tokens=True)
         self.num_ids = max(vocabulary.values(), default=-1) + 1
+        self._alone: dict[int, str] = {}  # what decode says of one id
         self.max_token_chars = max(map(len, vocabulary), default=1)  # a raw entry is never shorter than the text that it stands for
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -84,6 +86,15 @@ class Tokenizer:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD. ValidationFailed if the library cannot decode them."""
         with _library_errors():
             return self._fast.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def decode_one(self, id: int) -> str:
+        """decode([id]), remembered: every token that a sequence gets is asked about once more when the next one comes."""
+        text = self._alone.get(id)
+        if text is None:
+            if len(self._alone) >= _MAX_ALONE:
+                self._alone.clear()
+            text = self._alone[id] = self.decode([id])
+        return text
 
     def token_text(self, id: int) -> str:
         """Text of one token by itself, special ones written out; "" for an id without a token (a padded vocabulary has such)."""

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from server.api.text import tokenizer as tokenizer_module
 from server.api.text.tokenizer import Tokenizer, load_adapter_tokenizer, load_tokenizer, read_chat_template
 from server.errors import AdapterRefused, ValidationFailed
 
@@ -22,6 +23,18 @@ def test_adapters_without_files_use_the_base(tokenizer: Tokenizer, tmp_path: Pat
     assert load_adapter_tokenizer(tmp_path, tokenizer, num_rows=10**6) is None
     (tmp_path / "tokenizer_config.json").write_text("{}")
     assert load_adapter_tokenizer(tmp_path, tokenizer, num_rows=10**6) is None
+
+
+def test_what_is_remembered_of_an_id_is_what_decode_says_and_is_bounded(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_module, "_MAX_ALONE", 100)
+    tokenizer, asked = load_tokenizer(model_dir), []
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: (asked.append(list(ids)), decode(ids))[1])
+    for _ in range(2):
+        assert [tokenizer.decode_one(id) for id in range(50)] == [decode([id]) for id in range(50)]
+    assert asked == [[id] for id in range(50)]  # each once
+    assert [tokenizer.decode_one(id) for id in range(250)] == [decode([id]) for id in range(250)]
+    assert len(tokenizer._alone) <= 100
 
 
 def test_adapters_templates_wherever_they_are(tokenizer: Tokenizer, tmp_path: Path) -> None:
