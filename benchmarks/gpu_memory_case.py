@@ -88,6 +88,8 @@ def measure(model: str, device: str, work: Path) -> dict[str, Any]:
     core, base, _ = build_engine(
         msgspec.convert(options | {"model_dir": str(work / "models" / model), "device": device}, EngineOptions), mark
     )
+    while core.num_to_capture():
+        core.capture_more()
     started = meter.allocated
     weights = marks["allocate"] - marks["load"] if meter.on_gpu else _weight_bytes(base.layout)
     arena = _arena_bytes(base)

@@ -31,6 +31,8 @@ class OurEngine:
         self.plan = plan
         self.core: EngineCore
         self.core, base, self.phases = build_engine(plan.engine_options(), on_phase=lambda phase: print(f"ours: {phase}", flush=True))
+        while self.core.num_to_capture():  # a server does it while it has nothing else to do
+            self.core.capture_more()
         self.weight_bytes = base.weight_bytes
         self._layout = msgspec.msgpack.encode(base.layout)
         Path(plan.layout).write_bytes(self._layout)

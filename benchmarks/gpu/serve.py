@@ -24,6 +24,7 @@ MODEL_NAME = "base"  # of the base in requests
 _SETTING_OF = {"max_batch_tokens": "max_batch_prefill_tokens", "max_sequence_len": "max_total_tokens"}  # where the names differ
 _NO_SETTING = ("model_dir", "revision")
 _STOP_TIMEOUT_S = 60.0
+_CAPTURES_LATER, _ALL_CAPTURED = "more are captured later", "graphs are captured"  # engine.graphs's log
 
 
 class ServerFailed(Exception):
@@ -96,6 +97,13 @@ class RandomServer:
                 pass  # it does not listen yet
             time.sleep(0.05)
         raise ServerFailed(f"the server was not healthy in time; its log ends:\n{self.log_tail()}")
+
+    def wait_captured(self, until: float) -> None:
+        """Until the engine has captured every step, which it does while it has nothing else to do; at most until `until`."""
+        while any(_CAPTURES_LATER in line for line in self.log_lines()) and time.monotonic() < until:
+            if any(_ALL_CAPTURED in line for line in self.log_lines()):
+                return
+            time.sleep(0.1)
 
     def engine_facts(self) -> dict[str, Any]:
         """What the engine said when it became ready: seconds by phase, memory, versions."""

@@ -26,6 +26,7 @@ def run_served(bench: Bench, parts: Sequence[str]) -> bool:
         return False
     with make_server(bench, sets) as server:
         server.wait_healthy(bench.deadline_at)
+        server.wait_captured(bench.deadline_at)
         if "http" in parts:
             measure_http(bench, server)
         if "arrivals" in parts:

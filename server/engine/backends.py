@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from server.engine.beside import Beside
-from server.engine.graphs import MAX_MIXED_ROWS, decode_sizes
+from server.engine.captures import MAX_MIXED_ROWS, decode_sizes
 from server.engine.tiling import Tiling
 from server.memory.arena import Arena
 from server.model import kv_dtype

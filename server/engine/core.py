@@ -105,6 +105,18 @@ class EngineCore:
             self._collect()
         return self.take_outputs()
 
+    def num_to_capture(self, *, only_wanted: bool = False) -> int:
+        """Steps that are not captured yet, or those of them that were wanted; others stand in for them (engine.captures)."""
+        return self.runner.graphs.captures.num_left(only_wanted=only_wanted) if self.runner.graphs is not None else 0
+
+    def capture_more(self, *, only_wanted: bool = False) -> None:
+        """Capture one of them, which takes a tenth of a second. Where that fails, no more are."""
+        try:
+            self.runner.graphs.capture_more(only_wanted=only_wanted)
+        except Exception as error:
+            log.warning("no more steps are captured: %s", self._spare(error))
+            self.runner.graphs.captures.give_up()
+
     def take_outputs(self) -> list[SequenceOutput]:
         """What has not been returned yet."""
         outputs, self._outputs = self._outputs, []

@@ -45,6 +45,7 @@ HEARTBEAT_S = 0.5
 START_DEADLINE_S = 1800.0  # a large model from a cold disk
 STEP_DEADLINE_S = 120.0
 IDLE_WAIT_S = 0.2
+CAPTURE_SHARE = 0.1  # of the time, at most, that steps wait for captures
 
 
 class Pulse:
@@ -84,18 +85,23 @@ class EngineLoop:
     def __init__(self, socket: ApiSocket, core: EngineCore, pulse: Pulse) -> None:
         self.socket, self.core, self.pulse = socket, core, pulse
         self.stopped = False
+        self._capture_at = 0.0  # monotonic seconds: not before, while steps wait
 
     def run(self) -> None:
         """Until Shutdown comes or the API is gone (PeerLost)."""
         next_stats_at = 0.0
         while not self.stopped:
             idle = not self.core.has_work
+            # While adapters are read nothing else wakes the loop, so it looks more often.
+            expects = bool(self.core.scheduler.num_waiting or len(self.core.grammars))
+            busy = expects or not idle
+            captures = self.core.num_to_capture(only_wanted=busy) > 0 and not (busy and time.monotonic() < self._capture_at)
             if idle:
                 self.pulse.enter("idle", None, self.core.num_steps, self.core.stats())
-            # While adapters are read nothing else wakes the loop, so it looks more often.
-            wait_s = 0.0 if not idle else 0.002 if self.core.scheduler.num_waiting or len(self.core.grammars) else IDLE_WAIT_S
-            if messages := self.socket.receive(wait_s):
+            if messages := self.socket.receive(0.0 if captures or not idle else 0.002 if expects else IDLE_WAIT_S):
                 self._take(messages)
+            if captures and (busy or not messages):
+                self._capture(only_wanted=busy)
             if self.core.has_work and not self.stopped:
                 now = time.monotonic()
                 stats = None
@@ -105,6 +111,14 @@ class EngineLoop:
                 outputs = self.core.step()
                 if outputs:
                     self.socket.send(StepOutputs(outputs))
+
+    def _capture(self, *, only_wanted: bool) -> None:
+        """Capture a step that is still missing."""
+        started_at = time.monotonic()
+        self.pulse.enter("capture", STEP_DEADLINE_S, self.core.num_steps)
+        self.core.capture_more(only_wanted=only_wanted)
+        now = time.monotonic()
+        self._capture_at = now + (now - started_at) / CAPTURE_SHARE
 
     def _take(self, messages: list[ToEngine]) -> None:
         """Confirm what is submitted before anything is done about it, then do it; that must end in time as a step must."""

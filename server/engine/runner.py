@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from server.engine.batch import Batch, make_batch
+from server.engine.captures import Variant
 from server.engine.chunk import Chunk
 from server.engine.draw import NOT_FINITE, draw_all
-from server.engine.graphs import StepGraphs, Variant
+from server.engine.graphs import StepGraphs
 from server.engine.masks import GrammarMasks
 from server.engine.sampler import Sampled, describe_prompt, sample
 from server.engine.sequence import Sequence

@@ -97,9 +97,9 @@ class _Planner:
         options = {}
         if num_rows is not None:
             num = num_sequences or num_rows
-            self.qo_indptr = torch.arange(num + 1, dtype=torch.int32, device=device)
-            self.kv_indptr = torch.arange(num + 1, dtype=torch.int32, device=device)
-            self.last_page_lens = torch.ones(num, dtype=torch.int32, device=device)
+            self.qo_indptr, self.kv_indptr = (torch.empty(num + 1, dtype=torch.int32, device=device) for _ in range(2))
+            self.last_page_lens = torch.empty(num, dtype=torch.int32, device=device)
+            self.clear()
             options = dict(
                 use_cuda_graph=True,
                 qo_indptr_buf=self.qo_indptr,
@@ -116,6 +116,12 @@ class _Planner:
                 owner.int_workspaces[key] = wrapper._int_workspace_buffer, wrapper._pin_memory_int_workspace_buffer
             self._prepare(wrapper, key)
             self.wrappers[key] = wrapper
+
+    def clear(self) -> None:
+        """Indices of a graph as if every sequence had one row and one token. A decode step's `qo_indptr` is always so."""
+        for indptr in (self.qo_indptr, self.kv_indptr):
+            torch.arange(len(indptr), dtype=torch.int32, device=indptr.device, out=indptr)
+        self.last_page_lens.fill_(1)
 
     def _prepare(self, wrapper, key: "_Kind") -> None:
         """FlashInfer's own plan once: it compiles or loads the module and keeps what does not change, such as the most rows."""
@@ -251,8 +257,12 @@ class FlashInferAttention:
 
     def prepare_graph(self, num_rows: int, num_sequences: int | None, slots: torch.Tensor) -> None:
         """Before a graph of `num_rows` rows is captured (decode rows, or of `num_sequences` sequences), with `slots` [num_rows] where each
-        step's will be."""
-        planner = self._graphs[num_rows, num_sequences] = _Planner(self, num_rows, num_sequences)
+        step's will be. All graphs of one size have one plan: call it between steps, with nothing of them left on the device."""
+        planner = self._graphs.get((num_rows, num_sequences))
+        if planner is None:
+            planner = self._graphs[num_rows, num_sequences] = _Planner(self, num_rows, num_sequences)
+        planner.clear()
+        self.graph_pages.zero_()
         self._active, self._slots = planner, slots
         planner.plan(index([], self.block_size, self.zero_block, num_rows, num_sequences), self._pinned_set)
 

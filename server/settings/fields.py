@@ -131,7 +131,7 @@ class Settings(BaseModel):
         "auto", "Engine", "flashinfer, or torch's attention over gathered pages; auto: flashinfer where it has the model's kernels."
     )
     compile_layers: bool | None = _set(None, "Engine", "Compile the decoder's layers at start; auto: on a GPU.")
-    cuda_graphs: bool | None = _set(None, "Engine", "Capture decode steps at start and replay them; auto: with flashinfer.")
+    cuda_graphs: bool | None = _set(None, "Engine", "Capture steps as CUDA graphs and replay them; auto: with flashinfer.")
     overlap: bool | None = _set(None, "Engine", "Launch a step before the last one's tokens are looked at; auto: on a GPU.")
     num_engines: int | None = _set(None, "Engine", "Engine processes, each with a GPU of its own; auto: one a visible GPU.", ge=1, le=64)
     num_threads: int | None = _set(

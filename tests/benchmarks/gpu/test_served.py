@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -13,7 +14,7 @@ from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.arrivals import latencies, percentile
 from benchmarks.gpu.clients import Answer, Ask, Load, LoadFailed, run_load
 from benchmarks.gpu.rows import read_rows
-from benchmarks.gpu.serve import flags_for
+from benchmarks.gpu.serve import RandomServer, flags_for
 from benchmarks.gpu.start import cache_environment
 
 
@@ -116,3 +117,20 @@ def test_a_request_that_fails_or_falls_short_fails_the_load():
     finally:
         server.shutdown()
         server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("log", "waits"),
+    [
+        ("ready\n", False),  # a CPU's engine captures nothing
+        ("56 graphs take 0.51 GB; 80 more are captured later\nready\n", True),
+        ("56 graphs take 0.51 GB; 80 more are captured later\nall 136 graphs are captured; they take 1.12 GB\n", False),
+    ],
+)
+def test_a_load_waits_until_every_step_is_captured(tmp_path, log, waits):
+    server = RandomServer.__new__(RandomServer)
+    server._log = tmp_path / "server.log"
+    server._log.write_text(log)
+    until = time.monotonic() + (0.3 if waits else 60)
+    server.wait_captured(until)
+    assert (time.monotonic() >= until) == waits

@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.engine.graphs import MAX_MIXED_ROWS, Variant, decode_sizes, mixed_sizes, variants_of
+from server.engine.captures import MAX_MIXED_ROWS, Captures, Variant, decode_sizes, first_sizes, mixed_sizes, variants_of
 from server.model.attention import ATTENTION_NAME
 from tests.server.engine.tiny_models import make_engine, make_model
 
@@ -37,6 +37,68 @@ def test_whatever_adapters_touch_some_variant_covers_it_and_noughts_are_few(num_
         first = next(v for v in variants if not v.has_gains and not slots & ~v.slots)
         assert first == min((v for v in variants if not v.has_gains and not slots & ~v.slots), key=lambda v: v.slots.bit_count())
     assert Variant(1) in variants and Variant((1 << num_slots) - 1, has_gains=True) in variants
+
+
+@pytest.mark.parametrize("sizes", [decode_sizes(1), decode_sizes(5), decode_sizes(100), decode_sizes(256), mixed_sizes(2048, 256)])
+def test_what_an_engine_starts_with_stands_in_for_every_size_and_is_little(sizes):
+    first = first_sizes(sizes)
+    assert first[0] == sizes[-1] and first[-1] == sizes[0] and sorted(first, reverse=True) == first
+    numbers = [size.num_rows for size in sizes]
+    for size in first[1:]:  # a step whose own size is missing takes the next of these
+        above = next(one.num_rows for one in reversed(first) if one.num_rows > size.num_rows)
+        assert above <= max(2.5 * min(number for number in numbers if number > size.num_rows), size.num_rows + 3)
+    assert len(first) <= 2 + numbers[-1].bit_length()
+
+
+def captures_of(max_sequences=64, max_rows=512) -> Captures:
+    return Captures(decode_sizes(max_sequences), mixed_sizes(max_rows, max_sequences), variants_of(4))
+
+
+def test_a_larger_graph_stands_in_until_its_own_is_captured_and_what_steps_want_comes_first():
+    captures, plain = captures_of(), Variant()
+    for key in captures.first():
+        captures.add(key, f"graph {key}")
+    assert captures.num_left() > 0 == captures.num_left(only_wanted=True) and captures.next(only_wanted=True) is None
+    (size, variant) = captures.find(39, plain, is_decode=True)
+    assert size.num_rows == 64 and variant == plain
+    assert captures.find(300, Variant(0b100), is_decode=False)[0].num_rows == 512
+    assert captures.find(39, plain, is_decode=True)[0].num_rows == 64  # again: one wish
+    assert captures.num_left(only_wanted=True) > 1
+    wanted = captures.next(only_wanted=True)
+    assert wanted == captures.next() and (wanted[0].num_rows, wanted[1]) == (40, plain)
+    num_left = captures.num_left()
+    captures.add(wanted, "its own")
+    assert captures.find(39, plain, is_decode=True) == wanted and captures.num_left() == num_left - 1
+    assert captures.find(33, plain, is_decode=True) == wanted
+    while (key := captures.next()) is not None:
+        captures.add(key, "graph")
+    assert not captures.num_left() and not captures.num_left(only_wanted=True)
+    for rows in range(1, 65):
+        assert captures.find(rows, plain, is_decode=True)[0] == next(size for size in decode_sizes(64) if size.num_rows >= rows)
+
+
+def test_every_size_and_variant_is_captured_once_the_first_ones_first():
+    captures, seen = captures_of(), []
+    first = captures.first()
+    while (key := captures.next()) is not None:
+        captures.add(key, None)
+        seen.append(key)
+    assert seen[: len(first)] == first and len(seen) == len(set(seen))
+    decode, mixed = decode_sizes(64), mixed_sizes(512, 64)
+    assert len(seen) == 4 * len(decode) + 3 * len(mixed)  # steps with prompts and gains run uncaptured
+    assert captures.find(20, Variant(1, has_gains=True), is_decode=False) is None
+    for part in (seen[: len(first)], seen[len(first) :]):
+        assert [size.num_rows for size, _ in part] == sorted((size.num_rows for size, _ in part), reverse=True)
+
+
+def test_what_is_given_up_is_wanted_no_more():
+    captures = captures_of()
+    for key in captures.first():
+        captures.add(key, None)
+    captures.find(39, Variant(), is_decode=True)
+    captures.give_up()
+    assert captures.find(39, Variant(), is_decode=True)[0].num_rows == 64
+    assert captures.next() is None and not captures.num_left() and not captures.num_left(only_wanted=True)
 
 
 @pytest.fixture

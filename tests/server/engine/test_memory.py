@@ -9,7 +9,7 @@ import torch
 
 from server.adapters.pack import read_header
 from server.engine.backends import Backends, choose_backends, divide, free_bytes
-from server.engine.graphs import MAX_MIXED_ROWS
+from server.engine.captures import MAX_MIXED_ROWS
 from server.errors import AdapterRefused
 from server.kernels import grouped
 from server.memory.slabs import HostSlabs
