@@ -21,7 +21,7 @@ class Admission:
         self._num_sequences = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._tasks: dict[object, asyncio.Task[object]] = {}  # one an admission; a stream's is done once its first event is out
+        self._tasks: dict[object, asyncio.Task[object]] = {}  # one an admission; a stream's is its first event's, done once that is out
         self._ended: dict[asyncio.Task[object], ServerError] = {}
         self.draining = False
         self.leaving = False  # a drain is to come: /health says so, and requests are still taken

@@ -166,9 +166,11 @@ class EventStream(Response):
         try:
             if self._patience_s == 0:
                 await wire.send(b"")
+            # The first event has a task of its own: Admission.end_all ends that alone, not a stream that runs.
+            upcoming: Awaitable[bytes | None] = asyncio.ensure_future(anext(self._events, None))
             for num_sent in itertools.count(1):
                 try:
-                    frame = await anext(self._events, None)
+                    frame = await upcoming
                 except Exception as error:
                     failure = internal_error(error)
                     if not wire.has_begun:
@@ -183,6 +185,7 @@ class EventStream(Response):
                 await wire.send(frame)
                 if num_sent % _NUM_IN_A_ROW == 0:  # a backlog that is taken at once waits for nothing by itself
                     await asyncio.sleep(0)
+                upcoming = anext(self._events, None)
             await wire.send(b"", is_last=True)
         except (TimeoutError, asyncio.CancelledError) as error:
             if isinstance(error, asyncio.CancelledError) and not wire.is_stuck:

@@ -98,6 +98,43 @@ async def test_end_all_answers_only_those_that_wait() -> None:
     assert leaves.cancelled() and waits.cancelling() == 0 and await admission.drain(1.0)
 
 
+async def test_end_all_leaves_a_stream_that_runs_to_its_engine() -> None:
+    """It hears the engine's last word though its client reads slowly; one that has no event yet hears 503."""
+    admission, fed, reads, is_slow = Admission(4, Metrics()), asyncio.Event(), asyncio.Event(), asyncio.Event()
+    sent: dict[str, list[dict]] = {"runs": [], "waits": []}
+
+    async def events(num: int):
+        with admission.admitted(1):
+            for n in range(num):
+                yield event({"n": n})
+            await fed.wait()
+            raise Unavailable("the engine's word")
+
+    async def run(name: str, num: int) -> None:
+        async def receive() -> dict:
+            return await asyncio.Event().wait()  # type: ignore[return-value]
+
+        async def send(message: dict) -> None:
+            if message.get("body") == event({"n": 1}):
+                is_slow.set()
+                await reads.wait()
+            sent[name].append(message)
+
+        stream = EventStream(events(num), dialect=native_error, headers=dict, keep_alive_s=60, write_timeout_s=60)
+        await stream({"type": "http"}, receive, send)
+
+    streams = asyncio.gather(run("runs", 2), run("waits", 0))
+    async with asyncio.timeout(20):
+        await is_slow.wait()
+        admission.end_all(Unavailable("over"))
+        fed.set()
+        reads.set()
+        await streams
+    bodies = [message["body"] for message in sent["runs"][1:]]
+    assert bodies[:2] == [event({"n": 0}), event({"n": 1})] and b"the engine's word" in bodies[2] and bodies[3:] == [b""]
+    assert sent["waits"][0]["status"] == 503 and b"over" in sent["waits"][1]["body"] and await admission.drain(1.0)
+
+
 async def test_stopping_the_engine_ends_what_it_had_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "_STOP_TIMEOUT_S", 0.1)
     (tmp_path / "control").write_text('{"hang": true}')
