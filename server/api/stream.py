@@ -162,7 +162,8 @@ class EventStream(Response):
             raise error
 
     async def _pump(self, scope: Scope, receive: Receive, send: Send) -> None:
-        wire = _Wire(send, self._start_message, (self._patience_s, self._keep_alive_s), self._write_timeout_s)
+        wire, task = _Wire(send, self._start_message, (self._patience_s, self._keep_alive_s), self._write_timeout_s), asyncio.current_task()
+        assert task is not None
         try:
             if self._patience_s == 0:
                 await wire.send(b"")
@@ -180,6 +181,8 @@ class EventStream(Response):
                         return
                     await wire.send(event(self._dialect(failure)[1]))
                     break
+                if task.cancelling():  # the generator went on all the same
+                    raise asyncio.CancelledError
                 if frame is None:
                     break
                 await wire.send(frame)
@@ -188,8 +191,9 @@ class EventStream(Response):
                 upcoming = anext(self._events, None)
             await wire.send(b"", is_last=True)
         except (TimeoutError, asyncio.CancelledError) as error:
-            if isinstance(error, asyncio.CancelledError) and not wire.is_stuck:
-                raise
+            failure = wire.failure or error
+            if not isinstance(failure, TimeoutError):
+                raise failure from None
             log.info("a client took nothing for %.0f s and was dropped", self._write_timeout_s)
         finally:
             wire.close()
@@ -209,7 +213,7 @@ class _Wire:
     """What one task sends of a stream: frames as they come, the start before the first, a comment where none comes for long.
 
     One timer looks after all of it: a task, a timeout or a timer for each frame would cost more than the frame (benchmarks/LOG.md). A
-    message that is not taken in time cancels the task that made this (`is_stuck`)."""
+    message that is not taken in time, or a comment that cannot be sent, cancels the task that made this (`failure`)."""
 
     def __init__(self, send: Send, make_start: Callable[[], Message], silences_s: tuple[float, float], write_timeout_s: float) -> None:
         """`silences_s`: how long nothing is said before the start (0: whoever makes this begins at once), and after it."""
@@ -218,15 +222,16 @@ class _Wire:
         self._lock = asyncio.Lock()  # a comment may be under way
         self._comment: asyncio.Task[None] | None = None
         self._is_sending, self._since = False, self._loop.time()  # since when it sends, or does not
-        self.has_begun = self.is_stuck = False
+        self.has_begun = False
+        self.failure: BaseException | None = None  # TimeoutError: the client takes nothing
         self._timer = self._loop.call_later(min(silences_s[0] or silences_s[1], write_timeout_s), self._look)
 
     async def send(self, frame: bytes, *, is_last: bool = False) -> None:
-        """Send the start if that was not, and the frame unless it is empty. TimeoutError if the client has been found to take nothing."""
+        """Send the start if that was not, and the frame unless it is empty. Raises `failure` if there is one."""
         await self._lock.acquire()  # `async with` would make two coroutines more for each frame
         try:
-            if self.is_stuck:
-                raise TimeoutError
+            if self.failure is not None:
+                raise self.failure
             self._is_sending, self._since = True, self._loop.time()
             if not self.has_begun:
                 self.has_begun = True
@@ -250,11 +255,19 @@ class _Wire:
     def _look(self) -> None:
         now, due_at = self._loop.time(), self._since + (self._write_timeout_s if self._is_sending else self._silence_s)
         if now >= due_at and self._is_sending:
-            self.is_stuck = True
-            self._task.cancel()
+            self._fail(TimeoutError())
             return
         if now >= due_at:
             self._comment = self._loop.create_task(self.send(KEEP_ALIVE if self.has_begun else b""))
-            self._comment.add_done_callback(lambda task: task.cancelled() or task.exception())  # a connection that broke is seen elsewhere
+            self._comment.add_done_callback(self._end_comment)
             due_at = now + self._silences_s[1]
         self._timer = self._loop.call_at(min(due_at, now + self._write_timeout_s), self._look)
+
+    def _end_comment(self, comment: asyncio.Task[None]) -> None:
+        if not comment.cancelled() and (error := comment.exception()) is not None:
+            self._fail(error)
+
+    def _fail(self, failure: BaseException) -> None:
+        self.failure = failure
+        self._task.cancel()
+        self.close()  # a comment that hangs would hold what the task may still want to send
