@@ -224,7 +224,8 @@ class _Wire:
         self._is_sending, self._since = False, self._loop.time()  # since when it sends, or does not
         self.has_begun = False
         self.failure: BaseException | None = None  # TimeoutError: the client takes nothing
-        self._timer = self._loop.call_later(min(silences_s[0] or silences_s[1], write_timeout_s), self._look)
+        self._look_s = min(filter(None, (*silences_s, write_timeout_s)))
+        self._timer = self._loop.call_later(self._look_s, self._look)
 
     async def send(self, frame: bytes, *, is_last: bool = False) -> None:
         """Send the start if that was not, and the frame unless it is empty. Raises `failure` if there is one."""
@@ -236,6 +237,7 @@ class _Wire:
             if not self.has_begun:
                 self.has_begun = True
                 await self._send(self._make_start())
+                self._since = self._loop.time()  # the frame has its own time
             if frame or is_last:
                 await self._send({"type": "http.response.body", "body": frame, "more_body": not is_last})
         finally:
@@ -261,7 +263,7 @@ class _Wire:
             self._comment = self._loop.create_task(self.send(KEEP_ALIVE if self.has_begun else b""))
             self._comment.add_done_callback(self._end_comment)
             due_at = now + self._silences_s[1]
-        self._timer = self._loop.call_at(min(due_at, now + self._write_timeout_s), self._look)
+        self._timer = self._loop.call_at(min(due_at, now + self._look_s), self._look)
 
     def _end_comment(self, comment: asyncio.Task[None]) -> None:
         if not comment.cancelled() and (error := comment.exception()) is not None:

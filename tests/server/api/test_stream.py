@@ -241,8 +241,8 @@ async def test_what_comes_while_a_comment_is_under_way_comes_behind_it() -> None
         for n in (1, 2):
             yield f"data: {n}\n\n".encode()
 
-    stream = EventStream(events(), dialect=native_error, headers=dict, keep_alive_s=0.02, write_timeout_s=5)
-    async with asyncio.timeout(10):
+    stream = EventStream(events(), dialect=native_error, headers=dict, keep_alive_s=0.02, write_timeout_s=60, patience_s=60)
+    async with asyncio.timeout(20):  # the first comment does not wait for the patience with the start
         await stream({}, connection.receive, connection.send)
     bodies = [message["body"] for message in connection.sent[1:]]
     assert bodies == [b"data: 0\n\n", KEEP_ALIVE, b"data: 1\n\n", b"data: 2\n\n", b""]

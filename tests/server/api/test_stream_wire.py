@@ -116,3 +116,25 @@ async def test_what_fails_in_a_silence_ends_the_stream(fails_at: Callable[[dict]
     with pytest.raises(RuntimeError, match="it broke"):
         await run(events(), connection, headers=headers, keep_alive_s=0.02, patience_s=0.02)
     assert closed.is_set() and bodies(connection) == [frame(n) for n in range(num_before)]
+
+
+async def test_the_start_and_the_first_event_have_their_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes 60 s of 100, by the loop's clock."""
+    loop = asyncio.get_running_loop()
+    real, ahead_s, connection = loop.time, 0.0, Connection()
+    monkeypatch.setattr(loop, "time", lambda: real() + ahead_s)
+
+    async def send(message: dict) -> None:
+        nonlocal ahead_s
+        if message.get("more_body", True):
+            ahead_s += 60
+            for _ in range(5):
+                await asyncio.sleep(0)
+        connection.sent.append(message)
+
+    async def events():
+        yield frame(0)
+
+    stream = EventStream(events(), dialect=native_error, headers=dict, keep_alive_s=1000, write_timeout_s=100, patience_s=1000)
+    await stream({"type": "http"}, connection.receive, send)
+    assert bodies(connection) == [frame(0), b""]
