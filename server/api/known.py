@@ -70,7 +70,7 @@ class Flight:
 
     async def run_in_time(
         self, threads: SourceThreads, source: str, work: Work, job: Callable[[], Result],
-        take_late: Callable[[asyncio.Future[Result]], None] = lambda asked: None,
+        take_late: Callable[[asyncio.Future[Result]], object] = lambda asked: asked.cancelled() or asked.exception(),
     ) -> Result | None:  # fmt: skip
         """As `run`, for short work on what is known: None if it takes long, or other such work does already."""
         if threads.is_late(source, work):
