@@ -45,8 +45,10 @@ def measure_arrivals(bench: Bench, server: RandomServer) -> None:
     ]
     for name, picks in loads:
         case = Case("arrivals", name, len(times), of.prompt_len, of.num_new, of.many)
+        before = server.cpu_seconds()
         answers = send(bench, server.url, case, 2, stream=True, times=times, picks=picks)
         row = {"case": name, "num_adapters": len(set(picks) - {None})} | latencies(answers, times, picks)
+        row |= {f"{process}_cpu_s": round(used - before[process], 1) for process, used in server.cpu_seconds().items()}
         row["num_packs_made"] = _num_packs(bench) - num_packs
         print(f"ours: arrivals, {name}: " + ", ".join(f"{key} {row[key]}" for key in row if key.endswith("_ms")), flush=True)
         bench.keep([common | row])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import httpx
+import psutil
 
 from benchmarks.gpu.rows import ROOT
 
@@ -74,6 +75,11 @@ class RandomServer:
     def pid(self) -> int:
         """Of the API's process."""
         return self._process.pid
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """Used so far by the API's process, and by those that it started: the engine, above all."""
+        api = psutil.Process(self.pid)
+        return {name: sum(sum(one.cpu_times()[:2]) for one in some) for name, some in (("api", [api]), ("engine", api.children(True)))}
 
     def stop(self) -> int:
         """End it, by force if it takes too long; its exit status."""

@@ -36,6 +36,7 @@ def test_http_and_arrivals(tmp_path, capsys):
     assert adapters["num_cold"] == adapters["num_adapters"] > 0 and adapters["num_cold"] + adapters["num_warm"] == adapters["num_requests"]
     assert adapters["num_packs_made"] == 0  # what was registered before is what the server used
     assert 0 <= adapters["itl_p50_ms"] <= adapters["itl_p99_ms"] and 0 < adapters["ttft_p50_ms"] <= adapters["ttft_p99_ms"]
+    assert all(0 < row["api_cpu_s"] < 60 and 0 < row["engine_cpu_s"] < 60 for row in (base, adapters))
     assert adapters["requests_s"] == pytest.approx(0.6 * adapters["peak"] / adapters["num_new"], rel=0.01)
     assert main(["--table", str(tmp_path / "rows.jsonl")]) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])["figures"]
