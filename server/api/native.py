@@ -16,7 +16,7 @@ from server.api.adapters import AdapterSelection, Merge, ResolvedAdapter
 from server.api.body import body_docs, read_body, stream_docs
 from server.api.generation import Generation, Plan, fit
 from server.api.record import Record
-from server.api.render_native import details_of, stream_event
+from server.api.render_native import details_of, running_event, stream_event
 from server.api.sampling import Wishes, check_best_of, check_wishes, refuse, to_params
 from server.api.schemas_native import ERRORS, GenerateParameters, GenerateRequest, GenerateResponse, StreamEvent
 from server.api.state import Api, ApiState
@@ -102,6 +102,9 @@ def _stream(request: Request, api: Api, body: GenerateRequest, record: Record) -
         async with _prepared(request, api, body, record, stream=True) as job:
             async with aclosing(job.generation.tokens()) as tokens:
                 async for sequence, token in tokens:
+                    if sequence.finish_reason is None and not job.parameters.return_k_alternatives:
+                        yield running_event(token)
+                        continue
                     yield event(
                         stream_event(
                             job.generation, sequence, token, job.tokenizer,

@@ -15,14 +15,14 @@ from starlette.responses import Response
 from server.api.adapters import ResolvedAdapter
 from server.api.body import body_docs, read_body, stream_docs
 from server.api.generation import fit
-from server.api.openai_common import Job, Prompts, check_common, event_stream, finish_of, prepared, recorded, usage_of
+from server.api.openai_common import Job, Prompts, beginning_of, check_common, event_stream, finish_of, prepared, recorded, usage_of
 from server.api.openai_completions import finite
 from server.api.record import Record
 from server.api.sampling import Wishes, refuse
 from server.api.schemas_openai import OPENAI_ERRORS, ChatChunk, ChatRequest, ChatResponse
 from server.api.sequence import TextSequence, Token
 from server.api.state import Api, ApiState
-from server.api.stream import DONE, event, json_response, unless_gone
+from server.api.stream import DONE, dump, event, json_response, unless_gone
 from server.api.structured import chosen_grammar
 from server.api.text.tokenizer import Tokenizer
 from server.api.tools import Answer, ToolUse, check_tools, template_messages, template_tools, use_tools
@@ -30,6 +30,8 @@ from server.types import GrammarSpec
 
 router = APIRouter(tags=["openai"])
 _RESPONSES = OPENAI_ERRORS | {200: stream_docs(ChatChunk, "With `stream`: one event a piece, the last one is [DONE].")}
+# An event with text alone, as json would write it: the stream's beginning, index, text.
+_TEXT_EVENT = b'%b{"index":%d,"delta":{"content":%b},"logprobs":null,"finish_reason":null}]}\n\n'
 _RESERVED = ("messages", "bos_token", "eos_token", "tools", "documents", "guideline", "add_generation_prompt")
 
 
@@ -57,8 +59,11 @@ async def _events(request: Request, api: Api, body: ChatRequest, record: Record)
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     async with recorded(record), _prepared(request, api, body, record) as job, aclosing(job.generation.tokens()) as tokens:
         envelope = _envelope(job, "chat.completion.chunk") | ({"usage": None} if with_usage else {})
+        beginning = beginning_of(envelope)
 
         def chunk(sequence: TextSequence, delta: dict[str, Any], logprobs: Any = None, finish: str | None = None) -> bytes:
+            if logprobs is None and finish is None and list(delta) == ["content"]:
+                return _TEXT_EVENT % (beginning, sequence.index, dump(delta["content"]))
             return event(envelope | {"choices": [{"index": sequence.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}]})
 
         turns: dict[int, _Turn] = {}

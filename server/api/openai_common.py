@@ -20,7 +20,7 @@ from server.api.record import Record
 from server.api.sampling import Wishes, check_best_of, check_wishes, refuse, to_params
 from server.api.schemas_openai import ChatRequest, CompletionRequest
 from server.api.state import Api
-from server.api.stream import EventStream, openai_error
+from server.api.stream import EventStream, event, openai_error
 from server.api.text.tokenizer import Tokenizer
 from server.api.tools import ToolUse
 from server.types import GrammarSpec
@@ -147,6 +147,12 @@ def event_stream(api: Api, record: Record, events: AsyncGenerator[bytes, None]) 
         write_timeout_s=settings.write_timeout_s,
         patience_s=0.0 if settings.lorax_strict else settings.keep_alive_s,
     )
+
+
+def beginning_of(envelope: dict[str, Any]) -> bytes:
+    """A stream's events up to what their list of choices holds. Made once: most events of a stream differ in a few letters of text, and
+    to write all of it for each token would take seven times as long."""
+    return event(envelope | {"choices": []}).removesuffix(b"]}\n\n")
 
 
 def usage_of(generation: Generation, *, only_prompt: bool = False) -> dict[str, Any]:

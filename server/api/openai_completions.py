@@ -14,14 +14,14 @@ from starlette.responses import Response
 from server.api.adapters import ResolvedAdapter
 from server.api.body import body_docs, read_body, stream_docs
 from server.api.generation import fit
-from server.api.openai_common import Job, Prompts, check_common, event_stream, finish_of, prepared, recorded, usage_of
+from server.api.openai_common import Job, Prompts, beginning_of, check_common, event_stream, finish_of, prepared, recorded, usage_of
 from server.api.record import Record
 from server.api.render_native import with_chosen
 from server.api.sampling import Wishes, refuse
 from server.api.schemas_openai import OPENAI_ERRORS, CompletionChunk, CompletionRequest, CompletionResponse
 from server.api.sequence import TextSequence, Token
 from server.api.state import Api, ApiState
-from server.api.stream import DONE, event, json_response, unless_gone
+from server.api.stream import DONE, dump, event, json_response, unless_gone
 from server.api.structured import chosen_grammar
 from server.api.text.tokenizer import Tokenizer
 from server.types import GrammarSpec, Logprob
@@ -29,6 +29,8 @@ from server.types import GrammarSpec, Logprob
 router = APIRouter(tags=["openai"])
 DEFAULT_MAX_TOKENS = 16
 MAX_PROMPTS = 256
+# An event with text alone, as json would write it: the stream's beginning, index, text.
+_TEXT_EVENT = b'%b{"index":%d,"text":%b,"logprobs":null,"finish_reason":null}]}\n\n'
 _RESPONSES = OPENAI_ERRORS | {200: stream_docs(CompletionChunk, "With `stream`: one event a piece, the last one is [DONE].")}
 
 
@@ -57,13 +59,15 @@ async def _events(request: Request, api: Api, body: CompletionRequest, record: R
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     async with recorded(record), _prepared(request, api, body, record) as job, aclosing(job.generation.tokens()) as tokens:
         envelope = _envelope(job) | ({"usage": None} if with_usage else {})
-        shown: dict[int, int] = {}
+        beginning, shown = beginning_of(envelope), dict[int, int]()
         async for sequence, token in tokens:
             first = sequence.index not in shown
             offset = shown.get(sequence.index, 0)
             text = (_echoed(body, job, sequence) if first else "") + ("" if _only_echo(body) else token.text)
             shown[sequence.index] = offset + len(text)
-            if not text and sequence.finish_reason is None and body.logprobs is None:
+            if sequence.finish_reason is None and body.logprobs is None:
+                if text:
+                    yield _TEXT_EVENT % (beginning, sequence.index, dump(text))
                 continue
             logprobs = None
             if body.logprobs is not None:

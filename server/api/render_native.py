@@ -1,5 +1,6 @@
 """LoRAX's answers: `details`, tokens, stream events. Pure functions from a generation to JSON; every key is there when LoRAX has it."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,9 +9,11 @@ import numpy as np
 from server.api.generation import Generation
 from server.api.schemas_native import GenerateParameters
 from server.api.sequence import TextSequence, Token
+from server.api.stream import dump
 from server.api.text.tokenizer import Tokenizer
 from server.types import Logprob
 
+_RUNNING = b'data: {"token":{"id":%d,"text":%b,"logprob":%b,"special":%b,"skipped":false},"generated_text":null,"details":null}\n\n'
 _LOWEST = -9999.0  # LoRAX's clients take no null; a token that a bias forced may have log probability minus infinity
 
 
@@ -82,6 +85,15 @@ def stream_event(
         "generated_text": (prompt if parameters.return_full_text else "") + sequence.text if last else None,
         "details": details,
     }
+
+
+def running_event(token: Token) -> bytes:
+    """event(stream_event(...)) of a token that is not the last and has no alternatives, in less than half the time."""
+    logprob = _number(token.logprob.logprob if token.logprob is not None else None)
+    if math.isnan(logprob):
+        raise ValueError("a log probability is no number")
+    special = b"true" if token.special else b"false"
+    return _RUNNING % (token.id, dump(token.spelled), repr(logprob).encode(), special)
 
 
 def finish_reason_of(generation: Generation, sequence: TextSequence, length_first: bool) -> str | None:
