@@ -81,13 +81,11 @@ class Generation:
         """Prompt tokens that the first sample of each prompt read from the prefix cache."""
         return sum(sequence.num_cached_tokens for sequence in self.sequences[:: self.plan.samples])
 
-    async def tokens(self) -> AsyncGenerator[tuple[TextSequence, Token], None]:
+    def tokens(self) -> AsyncGenerator[tuple[TextSequence, Token], None]:
         """Every token as it comes. Closing the iterator aborts what still runs; one failed sequence ends all with its error."""
-        if len(self.sequences) == 1:
-            async with aclosing(self._follow(self.sequences[0])) as tokens:
-                async for token in tokens:
-                    yield self.sequences[0], token
-            return
+        return self._follow(self.sequences[0]) if len(self.sequences) == 1 else self._merged()
+
+    async def _merged(self) -> AsyncGenerator[tuple[TextSequence, Token], None]:
         arrived: asyncio.Queue[tuple[TextSequence, Token] | None] = asyncio.Queue()
         tasks = [asyncio.create_task(self._run(sequence, arrived)) for sequence in self.sequences]
         try:
@@ -115,13 +113,13 @@ class Generation:
     async def _run(self, sequence: TextSequence, arrived: asyncio.Queue[tuple[TextSequence, Token] | None]) -> None:
         try:
             async with aclosing(self._follow(sequence)) as tokens:
-                async for token in tokens:
-                    arrived.put_nowait((sequence, token))
+                async for item in tokens:
+                    arrived.put_nowait(item)
         finally:
             # After this coroutine has ended, so that its error is there to be read.
             asyncio.get_running_loop().call_soon(arrived.put_nowait, None)
 
-    def _follow(self, sequence: TextSequence) -> AsyncGenerator[Token, None]:
+    def _follow(self, sequence: TextSequence) -> AsyncGenerator[tuple[TextSequence, Token], None]:
         plan = self.plan
         prompt, sample = divmod(sequence.index, plan.samples)
         seed = plan.params.seed + (sequence.index if plan.seed_is_drawn else sample)

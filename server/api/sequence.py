@@ -10,6 +10,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
+
 from server.api.text.detokenizer import Detokenizer
 from server.api.text.stops import StopFinder
 from server.api.text.tokenizer import Tokenizer
@@ -19,8 +21,7 @@ from server.types import Logprob, SequenceOutput
 FinishReason = Literal["length", "eos_token", "stop_sequence"]
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(msgspec.Struct, frozen=True, gc=False):
     """A generated token. `text` is what it adds to the answer; a special token adds nothing and is spelled in `spelled`."""
 
     id: int
@@ -61,8 +62,8 @@ async def follow(
     stops: Sequence[str],
     keep_stop: bool,
     stop_ids: Collection[int] = (),
-) -> AsyncGenerator[Token, None]:
-    """Yield the sequence's tokens as their texts become certain, filling `sequence`; the last one comes with its finish_reason set.
+) -> AsyncGenerator[tuple[TextSequence, Token], None]:
+    """Yield the sequence and its tokens as their texts become certain, filling it; the last one comes with its finish_reason set.
 
     `stop_ids`: special tokens that the request named as stop strings. Closes `outputs` (which aborts the sequence) at a stop string."""
     detokenizer = Detokenizer(tokenizer, sequence.prompt_ids)
@@ -85,7 +86,7 @@ async def follow(
                 sequence.text += shown
                 if sequence.finish_reason is not None:
                     sequence.finished_at = time.monotonic()
-                yield token
+                yield sequence, token
                 if sequence.finish_reason is not None:
                     return
     raise IncompleteGeneration("Incomplete generation")

@@ -84,8 +84,12 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD. ValidationFailed if the library cannot decode them."""
-        with _library_errors():
+        try:  # not _library_errors: of each token of a stream, a context manager would take longer than the decoding
             return self._fast.decode(ids, skip_special_tokens=skip_special_tokens)
+        except _INTERRUPTS:
+            raise
+        except BaseException as error:
+            raise _library_error(error) from None
 
     def decode_one(self, id: int) -> str:
         """decode([id]), remembered: every token that a sequence gets is asked about once more when the next one comes."""
@@ -154,7 +158,11 @@ def _library_errors() -> Iterator[None]:
     except _INTERRUPTS:
         raise
     except BaseException as error:
-        raise ValidationFailed(f"tokenizer error {error}"[:500]) from None
+        raise _library_error(error) from None
+
+
+def _library_error(error: BaseException) -> ValidationFailed:
+    return ValidationFailed(f"tokenizer error {error}"[:500])
 
 
 def load_tokenizer(folder: Path, *, extra_eos: Sequence[int] = ()) -> Tokenizer:
