@@ -239,8 +239,8 @@ class Api:
         return await asyncio.to_thread(render, tokenizer.chat_template, known | variables)
 
 
-def get_api(request: Request) -> Api:
-    """The Api of the app that a request came to."""
+async def get_api(request: Request) -> Api:
+    """The Api of the app that a request came to. A coroutine: FastAPI has a plain function wait for a thread, with each request."""
     return request.app.state.api
 
 

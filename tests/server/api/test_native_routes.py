@@ -31,6 +31,18 @@ def test_invocations_is_the_compat_route(live: LiveServer) -> None:
     assert live.events("/invocations", BODY | {"stream": True})[-1]["generated_text"] == "one two"
 
 
+def test_a_request_waits_for_no_thread_of_the_framework(live: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FastAPI has plain functions run in a thread, each of which the event loop would wait for."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a thread")
+
+    monkeypatch.setattr("fastapi.dependencies.utils.run_in_threadpool", refuse)
+    monkeypatch.setattr("fastapi.routing.run_in_threadpool", refuse)
+    for path, body in (("/generate", BODY), ("/v1/completions", {"model": "base", "prompt": "one two"})):
+        assert live.post(path, body).status_code == 200
+
+
 @pytest.mark.parity("1.1", "`GET /`, `/health`, `/ping`: 200 and an empty body", "same")
 @pytest.mark.parametrize("path", ["/", "/health", "/ping"])
 def test_health(live: LiveServer, path: str) -> None:
