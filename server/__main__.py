@@ -2,6 +2,7 @@
 
 The only place that reads the command line and the environment."""
 
+import gc
 import json
 import logging
 import os
@@ -69,6 +70,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     servers.append(DrainingServer(api))
+    gc.collect()
+    gc.freeze()  # what is here stays: a collection while streams run need not look at a hundred thousand objects of libraries
     log.info("serving %s on http://%s:%d", model.name, settings.hostname, settings.port)
     servers[0].run()
     return servers[0].exit_code
