@@ -15,7 +15,7 @@ from sizing.shape import ModelShape
 from sizing.weights import Weights, weights_of
 
 CONTEXT_BYTES = 512 << 20  # CUDA's own, with the code of the kernels; to be refreshed by benchmarks.gpu_memory
-MAX_CAPTURED_ROWS = 2048  # of a step with prompts; the same as server.engine.graphs's
+MAX_CAPTURED_ROWS = 2048  # of a step with prompts; the same as server.engine.captures's
 CAPTURED_HEAD_DIMS = (64, 128, 256)  # FlashInfer's; the same as server.model.flashinfer's
 _MOST_TOKENS = 4096  # of a sequence, where nothing is said
 

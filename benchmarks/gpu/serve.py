@@ -25,7 +25,8 @@ MODEL_NAME = "base"  # of the base in requests
 _SETTING_OF = {"max_batch_tokens": "max_batch_prefill_tokens", "max_sequence_len": "max_total_tokens"}  # where the names differ
 _NO_SETTING = ("model_dir", "revision")
 _STOP_TIMEOUT_S = 60.0
-_CAPTURES_LATER, _ALL_CAPTURED = "more are captured later", "graphs are captured"  # engine.graphs's log
+_CAPTURES_LATER = "more are captured later"  # what the engine logs of its captures
+_NO_MORE = (" 0 more are captured later", "graphs are captured", "no more steps are captured")
 
 
 class ServerFailed(Exception):
@@ -107,7 +108,7 @@ class RandomServer:
     def wait_captured(self, until: float) -> None:
         """Until the engine has captured every step, which it does while it has nothing else to do; at most until `until`."""
         while any(_CAPTURES_LATER in line for line in self.log_lines()) and time.monotonic() < until:
-            if any(_ALL_CAPTURED in line for line in self.log_lines()):
+            if any(words in line for line in self.log_lines() for words in _NO_MORE):
                 return
             time.sleep(0.1)
 

@@ -70,7 +70,7 @@ class Flight:
 
     async def run_in_time(
         self, threads: SourceThreads, source: str, work: Work, job: Callable[[], Result],
-        take_late: Callable[[asyncio.Future[Result]], object] = lambda asked: asked.cancelled() or asked.exception(),
+        take_late: Callable[[asyncio.Future[Result]], None] = lambda asked: None,
     ) -> Result | None:  # fmt: skip
         """As `run`, for short work on what is known: None if it takes long, or other such work does already."""
         if threads.is_late(source, work):
@@ -78,6 +78,7 @@ class Flight:
         self.job = running = self._submit(threads, source, work, job)
         try:
             asked = asyncio.wrap_future(running)
+            asked.add_done_callback(lambda asked: asked.cancelled() or asked.exception())  # whoever waits may be cancelled
             await asyncio.wait({asked}, timeout=PATIENCE_S)
             if asked.done():
                 return asked.result()

@@ -45,8 +45,8 @@ def mixed_sizes(max_rows: int, max_sequences: int) -> list[GraphSize]:
 
 
 def first_sizes(sizes: Sequence[GraphSize]) -> list[GraphSize]:
-    """Of sizes in ascending order those to start with, the largest first: each at most half as large as the one before, so that no step is
-    padded to much more than twice its rows."""
+    """Of sizes in ascending order those to start with, the largest first: each at most half as large as the one before. A step is padded to
+    some two to four times its rows at most."""
     first: list[GraphSize] = []
     for size in reversed(sizes):
         if not first or 2 * size.num_rows <= first[-1].num_rows or size == sizes[0]:
@@ -104,10 +104,12 @@ class Captures:
         noted as a wish, of a larger one. None if there is none that does what the step's adapters do."""
         variant = next(v for v in self._variants if v.has_gains == wanted.has_gains and not wanted.slots & ~v.slots)
         # As many sequences as rows is the most that a mixed size below the most sequences has; a step never has more of them than rows.
+        wish: Key | None = None
         for size in self._decode if is_decode else self._mixed:
-            if size.num_rows >= num_rows:
-                if (size, variant) in self.graphs:
-                    return size, variant
-                if (size, variant) in self._left:
-                    self._wanted[size, variant] = None
+            key = size, variant
+            if size.num_rows >= num_rows and key in self.graphs:
+                return key
+            if size.num_rows >= num_rows and wish is None and key in self._left:
+                wish = key
+                self._wanted[key] = None
         return None

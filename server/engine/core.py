@@ -110,11 +110,12 @@ class EngineCore:
         return self.runner.graphs.captures.num_left(only_wanted=only_wanted) if self.runner.graphs is not None else 0
 
     def capture_more(self, *, only_wanted: bool = False) -> None:
-        """Capture one of them, which takes a tenth of a second. Where that fails, no more are."""
+        """Capture one of them, which takes a tenth of a second. Where that fails, and the device is not lost, no more are."""
         try:
             self.runner.graphs.capture_more(only_wanted=only_wanted)
         except Exception as error:
-            log.warning("no more steps are captured: %s", self._spare(error))
+            log.warning("no more steps are captured", exc_info=error)
+            self._spare(error)
             self.runner.graphs.captures.give_up()
 
     def take_outputs(self) -> list[SequenceOutput]:

@@ -20,6 +20,8 @@ from server.model.flashinfer import FlashInferAttention
 
 log = logging.getLogger(__name__)
 
+_MIN_FREE_BYTES = 512 << 20  # before a capture beside requests: what fails within one may cost the device
+
 
 class _Buffers:
     """Numbers that a step's graph reads, refreshed by one copy for each type. Two host sides take turns: no more than one step is queued
@@ -92,9 +94,15 @@ class StepGraphs:
         log.info("%d graphs take %.2f GB; %d more are captured later", num_graphs, self.num_bytes / 1e9, num_left)
 
     def capture_more(self, *, only_wanted: bool = False) -> None:
-        """Capture one of those that are left, or of them that steps wanted, between any two steps."""
+        """Capture one of those that are left, or of them that steps wanted, between any two steps. MemoryError if there is little left."""
         if (key := self.captures.next(only_wanted=only_wanted)) is None:
             return
+        torch.cuda.synchronize(self._base.device)
+        torch.cuda.empty_cache()
+        if (free := torch.cuda.mem_get_info(self._base.device)[0]) < _MIN_FREE_BYTES:
+            raise MemoryError(
+                f"{free / 1e9:.2f} GB of the device are free; a capture is not begun with less than {_MIN_FREE_BYTES / 1e9:.2f}"
+            )
         self._add(key)
         if not self.captures.num_left():
             log.info("all %d graphs are captured; they take %.2f GB", len(self.captures.graphs), self.num_bytes / 1e9)

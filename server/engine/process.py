@@ -45,7 +45,8 @@ HEARTBEAT_S = 0.5
 START_DEADLINE_S = 1800.0  # a large model from a cold disk
 STEP_DEADLINE_S = 120.0
 IDLE_WAIT_S = 0.2
-CAPTURE_SHARE = 0.1  # of the time, at most, that steps wait for captures
+CAPTURE_SHARE = 0.1  # of the time, at most, that steps wait for captures that they want
+QUIET_S = 0.5  # with nothing to do, before others are captured: a client that asks again at once is not to wait for them
 
 
 class Pulse:
@@ -85,7 +86,7 @@ class EngineLoop:
     def __init__(self, socket: ApiSocket, core: EngineCore, pulse: Pulse) -> None:
         self.socket, self.core, self.pulse = socket, core, pulse
         self.stopped = False
-        self._capture_at = 0.0  # monotonic seconds: not before, while steps wait
+        self._capture_at = self._quiet_at = 0.0  # monotonic seconds: no capture before, while there is something to do, and else
 
     def run(self) -> None:
         """Until Shutdown comes or the API is gone (PeerLost)."""
@@ -95,12 +96,15 @@ class EngineLoop:
             # While adapters are read nothing else wakes the loop, so it looks more often.
             expects = bool(self.core.scheduler.num_waiting or len(self.core.grammars))
             busy = expects or not idle
-            captures = self.core.num_to_capture(only_wanted=busy) > 0 and not (busy and time.monotonic() < self._capture_at)
+            now = time.monotonic()
+            captures = self.core.num_to_capture(only_wanted=busy) > 0 and now >= (self._capture_at if busy else self._quiet_at)
             if idle:
                 self.pulse.enter("idle", None, self.core.num_steps, self.core.stats())
             if messages := self.socket.receive(0.0 if captures or not idle else 0.002 if expects else IDLE_WAIT_S):
                 self._take(messages)
-            if captures and (busy or not messages):
+            if busy or messages:
+                self._quiet_at = now + QUIET_S
+            if captures and not self.stopped and (busy or not messages):
                 self._capture(only_wanted=busy)
             if self.core.has_work and not self.stopped:
                 now = time.monotonic()

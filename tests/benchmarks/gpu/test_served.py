@@ -126,6 +126,8 @@ def test_a_request_that_fails_or_falls_short_fails_the_load():
         ("ready\n", False),  # a CPU's engine captures nothing
         ("56 graphs take 0.51 GB; 80 more are captured later\nready\n", True),
         ("56 graphs take 0.51 GB; 80 more are captured later\nall 136 graphs are captured; they take 1.12 GB\n", False),
+        ("2 graphs take 0.01 GB; 0 more are captured later\n", False),
+        ("56 graphs take 0.51 GB; 80 more are captured later\nno more steps are captured\n", False),
     ],
 )
 def test_a_load_waits_until_every_step_is_captured(tmp_path, log, waits):

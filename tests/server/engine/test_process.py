@@ -11,9 +11,8 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-from server.engine import process
 from server.engine.build import build_engine
-from server.engine.process import IDLE_WAIT_S, EngineLoop, Pulse, see_one_gpu
+from server.engine.process import EngineLoop, Pulse, see_one_gpu
 from server.ipc.messages import (
     Abort,
     Accepted,
@@ -184,61 +183,6 @@ def test_what_messages_ask_for_has_a_deadline_too_and_submits_are_confirmed_firs
     finally:
         pulse.stop()
     assert seen[:3] == [Accepted(["r"]), ("h", "messages", True), request]
-
-
-class Captor:
-    """A core that has steps to capture, by a clock of its own: a capture takes 0.1 s, a turn of the loop 0.01 s."""
-
-    num_steps, grammars, scheduler = 0, (), SimpleNamespace(num_waiting=0)
-
-    def __init__(self, *, has_work, num_left, num_wanted):
-        self.has_work, self.num_left, self.num_wanted, self.captured_at, self.now = has_work, num_left, num_wanted, [], 100.0
-
-    def num_to_capture(self, *, only_wanted=False):
-        return self.num_wanted if only_wanted else self.num_left
-
-    def capture_more(self, *, only_wanted):
-        assert only_wanted == self.has_work
-        self.captured_at.append(round(self.now, 2))
-        self.num_left, self.num_wanted, self.now = self.num_left - 1, max(0, self.num_wanted - 1), self.now + 0.1
-
-    def step(self):
-        return []
-
-    def stats(self):
-        return EngineStats()
-
-    def abort_all(self): ...
-
-    def take_outputs(self):
-        return []
-
-
-@pytest.mark.parametrize(
-    ("has_work", "num_left", "num_wanted", "captured_at"),
-    [
-        (False, 4, 0, [100.01, 100.12, 100.23, 100.34]),  # nothing to do: one after the other, until all are there
-        (True, 4, 0, []),  # steps do not wait for what nobody wanted
-        (True, 9, 9, [100.01, 101.12, 102.23]),  # and for what was wanted a tenth of the time
-    ],
-)
-def test_missing_steps_are_captured_while_there_is_nothing_to_do_or_at_times_if_wanted(
-    monkeypatch, has_work, num_left, num_wanted, captured_at
-):
-    core, waits = Captor(has_work=has_work, num_left=num_left, num_wanted=num_wanted), []
-
-    class Socket:
-        def receive(self, wait_s):
-            waits.append(wait_s)
-            core.now += 0.01
-            return [Shutdown()] if core.now > 102.5 else []
-
-        def send(self, message): ...
-
-    monkeypatch.setattr(process, "time", SimpleNamespace(monotonic=lambda: core.now))
-    EngineLoop(Socket(), core, SimpleNamespace(enter=lambda *_: None)).run()
-    assert core.captured_at == captured_at
-    assert set(waits) == ({0.0} if has_work else {0.0, IDLE_WAIT_S})
 
 
 @pytest.mark.parametrize(
