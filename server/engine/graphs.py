@@ -97,13 +97,7 @@ class StepGraphs:
         """Capture one of those that are left, or of them that steps wanted, between any two steps. MemoryError if there is little left."""
         if (key := self.captures.next(only_wanted=only_wanted)) is None:
             return
-        torch.cuda.synchronize(self._base.device)
-        torch.cuda.empty_cache()
-        if (free := torch.cuda.mem_get_info(self._base.device)[0]) < _MIN_FREE_BYTES:
-            raise MemoryError(
-                f"{free / 1e9:.2f} GB of the device are free; a capture is not begun with less than {_MIN_FREE_BYTES / 1e9:.2f}"
-            )
-        self._add(key)
+        self._add(key, _MIN_FREE_BYTES)
         if not self.captures.num_left():
             log.info("all %d graphs are captured; they take %.2f GB", len(self.captures.graphs), self.num_bytes / 1e9)
 
@@ -120,11 +114,13 @@ class StepGraphs:
         return self._hidden[:num_rows]
 
     @torch.inference_mode()
-    def _add(self, key: Key) -> None:
+    def _add(self, key: Key, min_free_bytes: int = 0) -> None:
         size, variant = key
         torch.cuda.synchronize(self._base.device)  # a step may still read what is written next
         torch.cuda.empty_cache()
         free_before = torch.cuda.mem_get_info(self._base.device)[0]
+        if free_before < min_free_bytes:
+            raise MemoryError(f"{free_before / 1e6:.0f} MB of the device are free; a capture wants {min_free_bytes / 1e6:.0f}")
         self._buffers.clear()
         self._attention.prepare_graph(size.num_rows, size.num_sequences, self._buffers.slots[: size.num_rows])
         self.captures.add(key, self._capture(size.num_rows, variant))

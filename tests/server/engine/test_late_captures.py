@@ -3,8 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from server.engine import process
+from server.engine.core import EngineCore
 from server.engine.process import IDLE_WAIT_S, EngineLoop
 from server.ipc.messages import EngineStats, Shutdown
 
@@ -64,7 +66,7 @@ def test_missing_steps_are_captured_while_there_is_nothing_to_do_or_at_times_if_
     assert set(waits) == ({0.0} if has_work else {0.0, IDLE_WAIT_S})
 
 
-def test_between_a_clients_requests_nothing_is_captured_and_nothing_once_it_is_over(monkeypatch):
+def test_between_a_clients_requests_nothing_is_captured_but_once_it_is_over(monkeypatch):
     """The next request of who asks again at once would wait for it."""
 
     class OneClient(Captor):
@@ -91,3 +93,28 @@ def test_between_a_clients_requests_nothing_is_captured_and_nothing_once_it_is_o
     monkeypatch.setattr(process, "time", SimpleNamespace(monotonic=lambda: core.now))
     EngineLoop(Socket(), core, SimpleNamespace(enter=lambda *_: None)).run()
     assert core.captured_at[0] == pytest.approx(101 + process.QUIET_S, abs=0.03) and core.captured_at[-1] <= 102
+
+
+def test_nothing_is_captured_after_a_shutdown(monkeypatch):
+    core = Captor(has_work=True, num_left=9, num_wanted=9)
+    socket = SimpleNamespace(receive=lambda wait_s: [Shutdown()], send=lambda message: None)
+    monkeypatch.setattr(process, "time", SimpleNamespace(monotonic=lambda: core.now))
+    EngineLoop(socket, core, SimpleNamespace(enter=lambda *_: None)).run()
+    assert core.captured_at == []
+
+
+@pytest.mark.parametrize("error", [MemoryError("little left"), torch.OutOfMemoryError("no room"), torch.AcceleratorError("lost")])
+def test_a_capture_that_fails_is_the_last_and_ends_the_engine_only_with_the_device(error):
+    given_up = []
+
+    def fail(*, only_wanted):
+        raise error
+
+    graphs = SimpleNamespace(capture_more=fail, captures=SimpleNamespace(give_up=lambda: given_up.append(True)))
+    core = EngineCore(None, SimpleNamespace(graphs=graphs), None, None, None)
+    if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
+        with pytest.raises(torch.AcceleratorError):
+            core.capture_more()
+    else:
+        core.capture_more()
+        assert given_up == [True]
