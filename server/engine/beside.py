@@ -39,8 +39,9 @@ class Beside:
         self._sets: list[Tiles] = []
         self._num_rows = self._num_used = 0  # of the sets; elements
 
-    def __call__(self, gemm: Gemm, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> float:
-        """As fastest.seconds_of. RuntimeError if there can be no such adapters, or the arena has no room for those of so many rows."""
+    def __call__(self, gemm: Gemm, x: torch.Tensor, weights: Sequence[torch.Tensor], *, goes_first: bool = False) -> float:
+        """As fastest.seconds_of; `goes_first` as of Tiling.apart. RuntimeError if there can be no such adapters, or the arena has no room
+        for those of so many rows."""
         if self._num_rows != len(x):
             self._sets, self._num_rows = self._make_sets(len(x)), len(x)
         num_calls = 0
@@ -48,7 +49,7 @@ class Beside:
         def both(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             nonlocal num_calls
             self._state.tiles, num_calls = self._sets[num_calls % len(self._sets)], num_calls + 1
-            return self._tiling.apart(x, self._shape, lambda: gemm(x, weight))
+            return self._tiling.apart(x, self._shape, lambda: gemm(x, weight), goes_first=goes_first)
 
         try:
             with self._tiling.captured():

@@ -111,19 +111,21 @@ class Tiling:
         """y [rows, 2 width] -> silu(gate) * up [rows, width]."""
         return self._gated.silu_mul(y)
 
-    def apart(self, x: torch.Tensor, shape: GroupShape, compute: Compute) -> tuple[torch.Tensor, torch.Tensor]:
+    def apart(self, x: torch.Tensor, shape: GroupShape, compute: Compute, *, goes_first: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """x [rows, in] -> the product `compute()` and the rows' deltas, both [rows, sum of outs]; where a step is captured, computed beside
-        each other. For steps without gains, and tiles that hold every row."""
+        each other, and launched in the order that `goes_first` says of the product: who comes first has the SMs it wants. For steps without
+        gains, and tiles that hold every row."""
         arena, shape, tiles, scratch, choice = self._operands(shape, self._choice(x.shape[0], shape))
         deltas = torch.empty(x.shape[0], shape.out_features, dtype=x.dtype, device=self._device)
         # No group begins before the group before is done with its planes: it needs that one's output. So one scratch is enough.
         # What follows another stream's work has no one predecessor: no programmatic launch.
         operands = arena, shape, tiles, scratch, choice._replace(pdl=False)
         side = self._side_stream() if self._is_captured else None
+        y = compute() if goes_first else None
         with nullcontext() if side is None else torch.cuda.stream(side):
             self._kernels.shrink(x, *operands)
             self._kernels.write(deltas, *operands)
-        y = compute()
+        y = compute() if y is None else y
         if side is not None:
             torch.cuda.current_stream(self._device).wait_stream(side)
         return y, deltas

@@ -1,18 +1,19 @@
 """Which of cuBLASLt's kernels a product of so many rows is computed with, found by trying them when the engine first starts on a card.
 
 torch takes what the heuristic puts first. At decode's few rows another proposal takes up to 15% less time on an H100, and yet another where
-deltas are computed beside it (LOG.md); which one depends on the card: so nothing is written down here. Tried are the sizes that are
-captured, since launching through ctypes costs time on the host; products of other sizes stay torch's. What was found is kept beside
-inductor's cache of compiled code, for the next start to take. Called where the engine's parts are connected (engine/backends.py).
+deltas are computed beside it, launched before them or behind (LOG.md). Which one depends on the card: nothing is written down here. Tried
+are the sizes that are captured, since launching through ctypes costs time on the host; products of other sizes stay torch's. What was found
+is kept beside inductor's cache of compiled code, for the next start to take. Called where the engine's parts are connected
+(engine/backends.py).
 """
 
 import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
 
 import msgspec
 import torch
@@ -29,21 +30,37 @@ log = logging.getLogger(__name__)
 
 Gemm = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x [.., in], weight [out, in] -> [.., out]
 Timer = Callable[[Gemm, torch.Tensor, Sequence[torch.Tensor]], float]
-Kernel = Annotated[list[int], msgspec.Meta(min_length=8, max_length=8)]  # as cuBLASLt has it
-Kept = dict[str, Kernel | None]  # by size; None: torch's own is as fast
 WORTH = 0.98  # of torch's time: less is what two measurements of the same kernel differ by
 MOST_ERROR = 1e-2  # of the result's norm, in bfloat16 and float16
 MAX_TRIALS_S = 20.0  # of one start; sizes that are left then are torch's until the next
 _NUM_WEIGHTS, _NUM_LAUNCHES, _NUM_REPEATS = 4, 8, 4
-_VERSION = 3  # of what is tried and how: what others have kept is tried again
+_NUM_FIRST = 6  # kernels, the fastest behind deltas, that are tried before them too
+_VERSION = 4  # of what is tried and how: what others have kept is tried again
 # What ctypes, CUDA, a card without room, and kernels that cannot be launched raise: the products are torch's own then.
 _FAILURES = (RuntimeError, OSError, AttributeError, ValueError)
+
+
+class Way(NamedTuple):
+    """How a product is computed. `goes_first`: where deltas are computed beside it, it is launched before them."""
+
+    gemm: Gemm
+    goes_first: bool = False
+
+
+class KeptWay(msgspec.Struct, array_like=True, frozen=True):
+    """A Way with its kernel as cuBLASLt has it."""
+
+    kernel: Annotated[list[int], msgspec.Meta(min_length=8, max_length=8)]
+    goes_first: bool = False
+
+
+Kept = dict[str, KeptWay | None]  # by size; None: torch's own is as fast
 
 
 class TimerBeside(Protocol):
     """A Timer for a group's product with its deltas computed beside it (engine.beside)."""
 
-    def __call__(self, gemm: Gemm, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> float:
+    def __call__(self, gemm: Gemm, x: torch.Tensor, weights: Sequence[torch.Tensor], *, goes_first: bool = False) -> float:
         """Seconds of both. RuntimeError if they cannot be had."""
 
     def close(self) -> None:
@@ -69,12 +86,13 @@ def use_fastest(groups: Iterable["SiteGroup"], row_counts: Sequence[int], beside
         alone = choose(row_counts, weights, kept, deadline_at=deadline_at)
         timer, columns = beside(same[0].shape), list(same[0].shape.columns)
         try:
-            with_deltas = choose(row_counts, weights, kept, timer=timer, kind=f" beside deltas of {columns}", deadline_at=deadline_at)
+            timers = timer, partial(timer, goes_first=True)
+            with_deltas = choose(row_counts, weights, kept, timers=timers, kind=f" beside deltas of {columns}", deadline_at=deadline_at)
         finally:
             timer.close()
         num_chosen += len(alone) + len(with_deltas)
         for group in same:
-            group.product.gemms, group.product.gemms_beside = alone, with_deltas
+            group.product.ways, group.product.ways_beside = alone, with_deltas
     if len(kept) > before:
         _keep(path, kept)
         if torch.cuda.is_available():
@@ -90,16 +108,17 @@ def choose(
     kept: Kept,
     *,
     propose: Callable[[int, torch.Tensor], Sequence[Any]] = cublaslt.gemms,
-    timer: Timer | None = None,
+    timers: Sequence[Timer] = (),
     kind: str = "",
     deadline_at: float = float("inf"),
-) -> dict[int, Gemm]:
+) -> dict[int, Way]:
     """By number of rows, what is faster than torch for weights like these, all alike [out, in]; `kept` is asked first, and added to.
-    `propose`: kernels, with what `kept` is to have of them as `kernel`. `timer`: seconds of a product, by each of some weights in turn;
-    `kind`: what `kept` has beside the size for others than `seconds_of`. What fails, or computes something else, is not chosen."""
-    timer = timer or seconds_of
+    `propose`: kernels, with what `kept` is to have of them as `kernel`. `timers`: seconds of a product, by each of some weights in turn,
+    and, where there is a second one, of a product that goes first; `kind`: what `kept` has beside the size for others than `seconds_of`.
+    What fails, or computes something else, is not chosen."""
+    timers = timers or (seconds_of,)
     some = [weight for weight in weights if is_aligned(weight)][:_NUM_WEIGHTS]
-    chosen: dict[int, Gemm] = {}
+    chosen: dict[int, Way] = {}
     for num_rows in row_counts if some else ():
         size = f"{some[0].dtype} {num_rows} x {list(some[0].shape)}{kind}"
         if size not in kept and time.monotonic() > deadline_at:
@@ -107,22 +126,33 @@ def choose(
         try:
             x = _random(num_rows, some[0])
             if size in kept:
-                gemm = kept[size] and cublaslt.gemm_of(num_rows, some[0], kept[size])
+                gemm = kept[size] and cublaslt.gemm_of(num_rows, some[0], kept[size].kernel)
                 if gemm and _right([gemm], x, some[0]):
-                    chosen[num_rows] = gemm
+                    chosen[num_rows] = Way(gemm, kept[size].goes_first)
                 continue
-            gemms = _right(propose(num_rows, some[0]), x, some[0])
-            times = [timer(gemm, x, some) for gemm in (F.linear, *gemms)] if gemms else [0.0]  # float32 has no others to compare
+            way = _fastest(_right(propose(num_rows, some[0]), x, some[0]), x, some, timers)
         except _FAILURES as error:
             log.warning("products of %d rows and more stay torch's own: %s", num_rows, error)
             return chosen
-        best = min(range(len(times)), key=times.__getitem__)
         kept[size] = None
-        if times[best] < WORTH * times[0]:
-            chosen[num_rows] = gemms[best - 1]
-            kept[size] = list(gemms[best - 1].kernel)
-            log.debug("%s: %.1f us for torch's %.1f", size, times[best] * 1e6, times[0] * 1e6)
+        if way is not None:
+            chosen[num_rows] = way
+            kept[size] = KeptWay(list(way.gemm.kernel), way.goes_first)
+            log.debug("%s: %s", size, kept[size])
     return chosen
+
+
+def _fastest(gemms: Sequence[Gemm], x: torch.Tensor, weights: Sequence[torch.Tensor], timers: Sequence[Timer]) -> Way | None:
+    """None: no way is clearly faster than torch's. All are timed by the first timer, the best of them by the second."""
+    if not gemms:
+        return None  # float32 has none to compare
+    torchs = timers[0](F.linear, x, weights)
+    times = sorted((timers[0](gemm, x, weights), index) for index, gemm in enumerate(gemms))
+    ways = [(seconds, Way(gemms[index])) for seconds, index in times]
+    for timer in timers[1:]:
+        ways += [(timer(gemms[index], x, weights), Way(gemms[index], goes_first=True)) for _, index in times[:_NUM_FIRST]]
+    seconds, way = min(ways, key=lambda timed: timed[0])
+    return way if seconds < WORTH * torchs else None
 
 
 def is_aligned(tensor: torch.Tensor) -> bool:

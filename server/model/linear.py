@@ -29,8 +29,9 @@ class TileDeltas(Protocol):
     def around(self, x: torch.Tensor, shape: GroupShape, compute: Compute, accumulate: Accumulate | None) -> torch.Tensor:
         """x [rows, in] -> [rows, sum of outs]; exactly one of `compute` and, where there is one, `accumulate` is called, once."""
 
-    def apart(self, x: torch.Tensor, shape: GroupShape, compute: Compute) -> tuple[torch.Tensor, torch.Tensor]:
-        """The product and the deltas, two tensors [rows, sum of outs]. For steps without gains."""
+    def apart(self, x: torch.Tensor, shape: GroupShape, compute: Compute, *, goes_first: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """The product and the deltas, two tensors [rows, sum of outs]; `goes_first`: the product is launched first. For steps without
+        gains."""
 
     def gated(self, x: torch.Tensor, shape: GroupShape, compute: Compute) -> torch.Tensor:
         """silu(gate) * up of the product with its deltas: [rows, half of sum of outs]. For steps without gains, and tiles of every row."""
@@ -130,7 +131,13 @@ class SiteGroup:
     def call_apart(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """What the operator linear_apart means: the product and, beside it, its rows' deltas."""
         flat_x = x.reshape(-1, x.shape[-1])
-        both = self._deltas.apart(flat_x, self.shape, lambda: self.product.linear(flat_x, weight, bias, shares_card=True))
+        way = self.product.ways_beside.get(len(flat_x))
+        both = self._deltas.apart(
+            flat_x,
+            self.shape,
+            lambda: self.product.linear(flat_x, weight, bias, shares_card=True),
+            goes_first=way is not None and way.goes_first,
+        )
         return tuple(y.view(*x.shape[:-1], -1) for y in both)
 
     def call_gated(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

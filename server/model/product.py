@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from server.model.fastest import Gemm, is_aligned
+from server.model.fastest import Way, is_aligned
 from server.model.quantization.linear import QuantizedLinear, QuantizedProduct
 
 log = logging.getLogger(__name__)
@@ -36,8 +36,8 @@ class Product:
         self.weight_of_all: torch.Tensor | None = None
         self.bias_of_all: torch.Tensor | None = None
         # By number of rows, what is faster than torch's own, where a plain weight has no bias: alone, and beside deltas.
-        self.gemms: Mapping[int, Gemm] = {}
-        self.gemms_beside: Mapping[int, Gemm] = {}
+        self.ways: Mapping[int, Way] = {}
+        self.ways_beside: Mapping[int, Way] = {}
         self.in_features = modules[0].weight.shape[0] if isinstance(modules[0], Conv1D) else modules[0].in_features
         if all(isinstance(module, QuantizedLinear) for module in modules):
             self._use_quantized()
@@ -74,10 +74,10 @@ class Product:
         if self._quantized is not None:
             return self._quantized(x)
         num_rows = x.numel() // x.shape[-1]
-        gemm = (self.gemms_beside if shares_card else self.gemms).get(num_rows)
-        if gemm is None or bias is not None or not is_aligned(x) or not is_aligned(weight):
+        way = (self.ways_beside if shares_card else self.ways).get(num_rows)
+        if way is None or bias is not None or not is_aligned(x) or not is_aligned(weight):
             return F.linear(x, weight, bias)
-        return gemm(x, weight)
+        return way.gemm(x, weight)
 
     def weight(self, index: int) -> torch.Tensor:
         """The weight of one of the linears: [out, in]; of a quantized one what its codes stand for, in float32."""

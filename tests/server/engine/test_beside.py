@@ -1,6 +1,7 @@
 """Trials of products beside deltas: made-up adapters are real to the kernels, and nothing of them stays."""
 
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 
 from server.engine import beside
 from server.engine.beside import NUM_ADAPTERS, RANK, Beside
-from server.kernels.grouped import BASE_BYTES, DESC_WIDTH, NONE, GroupShape, read_group
+from server.kernels.grouped import BASE_BYTES, DESC_WIDTH, NONE, GroupShape, SiteEntry, describe, empty_tiles, read_group
 from server.model.fastest import choose
 from server.model.forward import ForwardState
 from tests.server.engine.tiny_models import DEVICE
@@ -40,8 +41,8 @@ def trials(monkeypatch):
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="looks at what is timed without a graph")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=["two sites", "one site"])
-def test_a_product_is_timed_beside_the_deltas_of_many_adapters(trials, shape, dtype):
+@pytest.mark.parametrize(("shape", "goes_first"), [*zip(SHAPES, (False, True), strict=True)], ids=["two sites", "one site, first"])
+def test_a_product_is_timed_beside_the_deltas_of_many_adapters(trials, shape, goes_first, dtype):
     timer, arena, state, seen = trials(shape, dtype=dtype)
     x, weight = torch.randn(40, shape.in_features, dtype=dtype), torch.randn(shape.out_features, shape.in_features, dtype=dtype)
     tiles = []
@@ -58,7 +59,7 @@ def test_a_product_is_timed_beside_the_deltas_of_many_adapters(trials, shape, dt
         factors_at = base + ((shape.index + 1) * DESC_WIDTH * 8 + BASE_BYTES) // arena.element_size()  # they begin before that
         arena[factors_at : base + bases[0][1] - bases[0][0]] = 0.5
     seen.clear()
-    timer(F.linear, x, [weight])
+    timer(F.linear, x, [weight], goes_first=goes_first)
     product, deltas = seen[1]
     assert torch.equal(product, F.linear(x, weight)) and deltas.abs().sum() > 0 and seen[0][1].abs().sum() == 0
     timer.close()
@@ -94,6 +95,21 @@ def test_deltas_never_run_on_the_stream_that_captures(monkeypatch):
             assert tiling._side_stream() is side
 
 
+@pytest.mark.parametrize("goes_first", [False, True])
+def test_a_product_is_launched_before_the_deltas_or_behind(monkeypatch, goes_first):
+    from server.engine.tiling import Tiling
+
+    state, order = ForwardState(), []
+    tiling = Tiling(state, torch.zeros(1 << 12, device=DEVICE), 16)
+    for name in ("shrink", "write"):
+        monkeypatch.setattr(tiling._kernels, name, lambda *_, name=name: order.append(name))
+    state.tiles = empty_tiles(17, 16, tiling.block_m(16), DEVICE)
+    x = torch.ones(16, 32, device=DEVICE)
+    y, deltas = tiling.apart(x, SHAPES[1], lambda: order.append("product") or x.repeat(1, 3)[:, :80], goes_first=goes_first)
+    assert order == (["product", "shrink", "write"] if goes_first else ["shrink", "write", "product"])
+    assert y.shape == deltas.shape == (16, 80) and y.all()
+
+
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="looks at what is timed without a graph")
 def test_few_rows_have_an_adapter_each(trials):
     timer, _, state, _ = trials(SHAPES[0], num_elements=6 * 4096)  # no room for as many as many rows have
@@ -123,10 +139,62 @@ def test_on_the_card_what_is_chosen_beside_deltas_is_right(trials):
     shape = GroupShape(4096, ((0, 4096), (4096, 5120), (5120, 6144)), 2)
     timer, arena, _, _ = trials(shape, num_elements=1 << 24, dtype=torch.bfloat16)
     weights, kept = [torch.randn(6144, 4096, device=DEVICE, dtype=torch.bfloat16) / 64 for _ in range(4)], {}
-    for num_rows, gemm in choose([16, 64], weights, kept, timer=timer, kind=" beside").items():
+    timers = timer, partial(timer, goes_first=True)
+    for num_rows, (gemm, _) in choose([16, 64], weights, kept, timers=timers, kind=" beside").items():
         x = torch.randn(num_rows, 4096, device=DEVICE, dtype=torch.bfloat16)
         want = x.double() @ weights[0].double().T
         assert (gemm(x, weights[0]).double() - want).norm() <= 4e-3 * want.norm()
     assert len(kept) == 2
     timer.close()
     assert not arena.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU: MANYLORA_TEST_DEVICE=cuda")
+@pytest.mark.parametrize("num_rows", [64, 256])
+def test_on_the_card_captured_in_either_order_all_is_what_one_after_the_other_gives(num_rows):
+    """Two groups in turns, each reading what the one before gave, as the layers of a step do."""
+    from server.engine.tiling import Tiling
+
+    down, up = GroupShape(14336, ((0, 4096),), 0), GroupShape(4096, ((0, 7168), (7168, 14336)), 1)
+    state, arena = ForwardState(), torch.zeros(1 << 27, dtype=torch.bfloat16, device=DEVICE)
+    tiling = Tiling(state, arena, num_rows)
+    tiles, *_ = Beside(tiling, state, arena, up)._make_sets(num_rows)
+    bases = tiles.tile_base[tiles.tile_base != NONE].tolist()
+    entries, width = arena.clone(), 2 * DESC_WIDTH * 8 // arena.element_size()
+    arena.normal_(0, 0.02)
+    for base in bases:
+        arena[base : base + width] = entries[base : base + width]
+        described = arena[base : base + width].view(torch.int64).view(2, DESC_WIDTH)
+        a, b = described[1, 0].item(), described[1, 4].item()
+        described[0] = torch.from_numpy(describe(a, RANK, [SiteEntry(r_start=0, r_stop=RANK, b=b)])).to(DEVICE)
+    weights = {shape: torch.randn(shape.out_features, shape.in_features, device=DEVICE, dtype=torch.bfloat16) / 64 for shape in (down, up)}
+    x = torch.empty(num_rows, 4096, device=DEVICE, dtype=torch.bfloat16)
+
+    def layers(orders):
+        state.tiles, given = tiles, x
+        for order in orders:
+            for shape in (up, down):
+                product = partial(F.linear, given, weights[shape])
+                given = torch.add(*tiling.apart(given, shape, product, goes_first=order))
+        state.clear()
+        return given
+
+    with torch.inference_mode():
+        graphs = []
+        for orders in ([False] * 4, [True] * 4, [True, False, False, True]):
+            with tiling.captured():
+                x.normal_()
+                layers(orders)
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    graphs.append((graph, layers(orders)))
+        for _ in range(20):
+            x.normal_()
+            want = layers([False] * 4)
+            assert want.isfinite().all() and want.abs().max() > 0
+            for graph, given in graphs:
+                given.fill_(torch.nan)
+                graph.replay()
+                assert torch.equal(given, want)

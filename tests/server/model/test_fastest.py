@@ -10,7 +10,7 @@ from server.kernels import cublaslt
 from server.kernels.cublaslt import CublasError
 from server.kernels.grouped import GroupShape
 from server.model import fastest
-from server.model.fastest import choose, is_aligned, use_fastest
+from server.model.fastest import KeptWay, Way, choose, is_aligned, use_fastest
 from server.model.product import Product
 from tests.server.engine.tiny_models import DEVICE
 
@@ -50,11 +50,14 @@ def refusing(x, weight):
 
 
 def chosen_of(times, weights=None, row_counts=(4,), kept=None, **more):
-    """What is chosen if the kernels, torch's own among them, take so long."""
+    """The kernels that are chosen if they, torch's own among them, take so long."""
     kept = {} if kept is None else kept
     gemms = [gemm for gemm in times if gemm is not F.linear]
     weights = [aligned(8, 16)] if weights is None else weights
-    return choose(row_counts, weights, kept, propose=lambda num_rows, weight: gemms, timer=lambda gemm, x, weights: times[gemm], **more)
+    timers = (lambda gemm, x, weights: times[gemm],)
+    ways = choose(row_counts, weights, kept, propose=lambda num_rows, weight: gemms, timers=timers, **more)
+    assert not any(way.goes_first for way in ways.values())
+    return {num_rows: way.gemm for num_rows, way in ways.items()}
 
 
 def test_the_fastest_is_chosen():
@@ -87,13 +90,13 @@ def test_a_library_that_fails_leaves_torchs_own(error, caplog):
         return [right]
 
     times = {F.linear: 1.0, right: 0.5}
-    found = choose([4, 8, 16], [aligned(8, 16)], {}, propose=propose, timer=lambda gemm, x, weights: times[gemm])
-    assert found == {4: right} and f"8 rows and more stay torch's own: {error}" in caplog.text
+    found = choose([4, 8, 16], [aligned(8, 16)], {}, propose=propose, timers=[lambda gemm, x, weights: times[gemm]])
+    assert found == {4: Way(right)} and f"8 rows and more stay torch's own: {error}" in caplog.text
 
 
 def test_where_nothing_is_proposed_nothing_is_timed():
     kept = {}
-    assert choose([4], [aligned(8, 16)], kept, propose=lambda *_: [], timer=lambda gemm, x, weights: 1 / 0) == {}
+    assert choose([4], [aligned(8, 16)], kept, propose=lambda *_: [], timers=[lambda gemm, x, weights: 1 / 0]) == {}
     assert list(kept.values()) == [None]  # nor asked for again
 
 
@@ -105,7 +108,7 @@ def test_each_number_of_rows_has_its_own_choice_and_weights_take_turns():
         return 1.0 if gemm is F.linear else 0.5 if x.shape[0] == 2 else 2.0
 
     weights = [aligned(8, 16) for _ in range(6)]
-    assert choose([2, 4], weights, {}, propose=lambda *_: [right], timer=timer) == {2: right}
+    assert choose([2, 4], weights, {}, propose=lambda *_: [right], timers=[timer]) == {2: Way(right)}
     assert {*seen} == {(2, 4), (4, 4)}
 
 
@@ -113,7 +116,7 @@ def test_what_was_found_is_taken_over_by_the_next_start(monkeypatch):
     kept = {}
     assert chosen_of({F.linear: 1.0, right: 0.9, also_right: 0.8}, kept=kept) == {4: also_right}
     assert chosen_of({F.linear: 1.0, right: 1.1}, weights=[aligned(8, 32)], kept=kept) == {}
-    assert kept == {"torch.float32 4 x [8, 16]": [2] * 8, "torch.float32 4 x [8, 32]": None}
+    assert kept == {"torch.float32 4 x [8, 16]": KeptWay([2] * 8), "torch.float32 4 x [8, 32]": None}
     asked = []
     monkeypatch.setattr(cublaslt, "gemm_of", lambda num_rows, weight, kernel: asked.append((num_rows, kernel)) or also_right)
     times = {F.linear: 1.0, right: 0.1}  # whatever it would be now
@@ -134,9 +137,10 @@ def test_choices_are_kept_in_a_file(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(cublaslt, "version", lambda: 130100)
     path, kept = fastest._kept_at(torch.empty(2))
     assert (path.name, kept) == (f"manylora-gemms-{fastest._VERSION}-NVIDIA-L4-130100.json", {})
-    fastest._keep(path, {"one": [1] * 8, "two": None})
-    assert fastest._kept_at(torch.empty(2)) == (path, {"one": [1] * 8, "two": None})
-    for broken in ('{"one": [1, 2]}', '{"one": ["x", 2, 3, 4, 5, 6, 7, 8]}', "[]", "{", "\xff"):
+    kept = {"one": KeptWay([1] * 8), "first": KeptWay([2] * 8, goes_first=True), "two": None}
+    fastest._keep(path, kept)
+    assert fastest._kept_at(torch.empty(2)) == (path, kept)
+    for broken in ('{"one": [[1, 2]]}', '{"one": [["x", 2, 3, 4, 5, 6, 7, 8]]}', '{"one": [1, 2, 3, 4, 5, 6, 7, 8]}', "[]", "{", "\xff"):
         path.write_bytes(broken.encode("latin-1"))
         assert fastest._kept_at(torch.empty(2)) == (path, {}), "it is written anew"
     (tmp_path / "file").touch()
@@ -155,19 +159,19 @@ class Plain:
     """As much of a group and its product as counts."""
 
     def __init__(self, weight, bias=None, is_quantized=False):
-        self.weight_of_all, self.bias_of_all, self.is_quantized, self.gemms, self.gemms_beside = weight, bias, is_quantized, {}, {}
+        self.weight_of_all, self.bias_of_all, self.is_quantized, self.ways, self.ways_beside = weight, bias, is_quantized, {}, {}
         self.product, self.shape = self, weight is not None and GroupShape(weight.shape[1], ((0, weight.shape[0]),), id(self))
 
 
 class Stopwatch:
-    """Beside deltas everything takes `times`."""
+    """Beside deltas everything takes `times`, `first` where it goes first."""
 
-    def __init__(self, times):
-        self.times, self.is_open = times, True
+    def __init__(self, times, first=None):
+        self.times, self.first, self.is_open = times, times if first is None else first, True
 
-    def __call__(self, gemm, x, weights):
+    def __call__(self, gemm, x, weights, *, goes_first=False):
         assert self.is_open
-        return self.times[gemm]
+        return self.first[gemm] if goes_first else self.times[gemm]
 
     def close(self):
         self.is_open = False
@@ -176,17 +180,17 @@ class Stopwatch:
 def test_products_that_are_alike_share_a_choice_and_others_have_none(monkeypatch):
     shapes, watch = [], Stopwatch({})
 
-    def choice(row_counts, weights, kept, deadline_at, timer=None, kind=""):
-        assert (timer is watch) == (kind == f" beside deltas of {[(0, len(weights[0]))]}")
-        return {len(weights): also_right if timer else right}
+    def choice(row_counts, weights, kept, deadline_at, timers=(), kind=""):
+        assert (watch in timers) == (kind == f" beside deltas of {[(0, len(weights[0]))]}")
+        return {len(weights): also_right if timers else right}
 
     monkeypatch.setattr(fastest, "choose", choice)
     one, other, wide = Plain(aligned(8, 16)), Plain(aligned(8, 16)), Plain(aligned(32, 16))
     left = [Plain(None), Plain(aligned(8, 16), bias=aligned(8)), Plain(aligned(8, 16), is_quantized=True)]
     use_fastest([one, wide, *left, other], [4], lambda shape: shapes.append(shape) or watch)
-    assert one.gemms == other.gemms == {2: right} and wide.gemms == {1: right}
-    assert one.gemms_beside == other.gemms_beside == {2: also_right} and wide.gemms_beside == {1: also_right}
-    assert [(product.gemms, product.gemms_beside) for product in left] == [({}, {})] * 3
+    assert one.ways == other.ways == {2: right} and wide.ways == {1: right}
+    assert one.ways_beside == other.ways_beside == {2: also_right} and wide.ways_beside == {1: also_right}
+    assert [(product.ways, product.ways_beside) for product in left] == [({}, {})] * 3
     assert shapes == [one.shape, wide.shape] and not watch.is_open
 
 
@@ -196,15 +200,41 @@ def test_alone_and_beside_deltas_each_have_their_own_choice(monkeypatch):
     monkeypatch.setattr(fastest, "seconds_of", lambda gemm, x, weights: {F.linear: 1.0, right: 0.5, also_right: 0.9}[gemm])
     kept, group = {}, Plain(aligned(8, 16))
     use_fastest([group], [4], lambda shape: Stopwatch({F.linear: 1.0, right: 1.5, also_right: 0.9}))
-    assert (group.gemms, group.gemms_beside) == ({4: right}, {4: also_right})
-    assert kept == {"torch.float32 4 x [8, 16]": [1] * 8, "torch.float32 4 x [8, 16] beside deltas of [(0, 8)]": [2] * 8}
+    assert (group.ways, group.ways_beside) == ({4: Way(right)}, {4: Way(also_right)})
+    assert kept == {
+        "torch.float32 4 x [8, 16]": KeptWay([1] * 8),
+        "torch.float32 4 x [8, 16] beside deltas of [(0, 8)]": KeptWay([2] * 8),
+    }
+
+
+@pytest.mark.parametrize(
+    ("first", "way"),
+    [
+        ({right: 0.8, also_right: 1.5}, Way(right, goes_first=True)),  # it was the second behind the deltas
+        ({right: 0.95, also_right: 0.91}, Way(also_right)),
+        ({also_right: 0.5}, Way(also_right, goes_first=True)),  # no more are tried before them
+    ],
+)
+def test_the_best_beside_deltas_are_tried_before_them_too(monkeypatch, first, way):
+    kept, group = {}, Plain(aligned(8, 16))
+    monkeypatch.setattr(fastest, "_kept_at", lambda weight: (None, kept))
+    monkeypatch.setattr(fastest, "choose", partial(choose, propose=lambda *_: [right, also_right]))
+    monkeypatch.setattr(fastest, "seconds_of", lambda gemm, x, weights: 1.0)
+    monkeypatch.setattr(fastest, "_NUM_FIRST", len(first))
+    use_fastest([group], [4], lambda shape: Stopwatch({F.linear: 1.2, right: 0.97, also_right: 0.9}, first))
+    assert (group.ways, group.ways_beside) == ({}, {4: way})
+    monkeypatch.setattr(cublaslt, "gemm_of", lambda num_rows, weight, kernel: {1: right, 2: also_right}[kernel[0]])
+    monkeypatch.setattr(fastest, "_fastest", None)  # the next start tries nothing
+    again = Plain(aligned(8, 16))
+    use_fastest([again], [4], lambda shape: Stopwatch({}))
+    assert again.ways_beside == {4: way}
 
 
 def test_without_room_for_adapters_to_try_torchs_own_stays_beside_deltas(caplog):
     def no_room(gemm, x, weights):
         raise RuntimeError("the arena has room for 3 of 4 adapters")
 
-    assert choose([4, 8], [aligned(8, 16)], {}, propose=lambda *_: [right], timer=no_room) == {}
+    assert choose([4, 8], [aligned(8, 16)], {}, propose=lambda *_: [right], timers=[no_room]) == {}
     assert "stay torch's own: the arena has room for 3 of 4" in caplog.text
 
 
@@ -212,7 +242,7 @@ def test_a_product_takes_its_choice_for_that_number_of_rows_alone():
     module = torch.nn.Linear(16, 8, bias=False, device=DEVICE)
     product = Product([module])
     weight, calls = aligned(8, 16), []
-    product.gemms = {4: lambda x, weight: calls.append(x.shape) or F.linear(x, weight)}
+    product.ways = {4: Way(lambda x, weight: calls.append(x.shape) or F.linear(x, weight))}
     for x in (aligned(4, 16), aligned(1, 4, 16), aligned(3, 16), aligned(5, 16).flatten()[1:65].view(4, 16)):
         assert torch.equal(product.linear(x, weight, None), F.linear(x, weight))
     assert torch.equal(product.linear(aligned(4, 16), weight, aligned(8)).isfinite(), torch.ones(4, 8, dtype=torch.bool, device=DEVICE))
@@ -221,12 +251,12 @@ def test_a_product_takes_its_choice_for_that_number_of_rows_alone():
 
 def test_beside_deltas_a_product_takes_what_is_fastest_there():
     product, weight, calls = Product([torch.nn.Linear(16, 8, bias=False, device=DEVICE)]), aligned(8, 16), []
-    for name in ("gemms", "gemms_beside"):
-        setattr(product, name, {4: lambda x, weight, name=name: calls.append(name) or F.linear(x, weight)})
+    for name in ("ways", "ways_beside"):
+        setattr(product, name, {4: Way(lambda x, weight, name=name: calls.append(name) or F.linear(x, weight))})
     for shares_card in (False, True):
         for num_rows in (4, 5):
             product.linear(aligned(num_rows, 16), weight, None, shares_card=shares_card)
-    assert calls == ["gemms", "gemms_beside"]
+    assert calls == ["ways", "ways_beside"]
 
 
 @pytest.mark.gpu
@@ -263,7 +293,7 @@ class TestOnTheCard:
     def test_what_real_measurements_choose_is_right(self):
         weights = [torch.randn(4096, 14336, device=DEVICE, dtype=torch.bfloat16) / 120 for _ in range(4)]
         assert fastest.seconds_of(F.linear, aligned(64, 14336, dtype=torch.bfloat16), weights) > 0
-        for num_rows, gemm in choose([16, 64, 128], weights, {}).items():
+        for num_rows, (gemm, _) in choose([16, 64, 128], weights, {}).items():
             x = torch.randn(num_rows, 14336, device=DEVICE, dtype=torch.bfloat16)
             want = x.double() @ weights[0].double().T
             assert (gemm(x, weights[0]).double() - want).norm() <= 4e-3 * want.norm()
