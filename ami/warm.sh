@@ -10,8 +10,9 @@ mkdir -p "$cache"
 export TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor FLASHINFER_WORKSPACE_BASE=$cache
 cd "$here/.."
 # As it is, then with each option that brings kernels of its own: products of 4-bit weights, attention over keys and values in e4m3.
+# Kernels of products are tried for as long as that takes, so that no start of an instance has any left to try.
 for flags in "" "--flag=--quantize --flag=int4" "--flag=--kv-cache-dtype --flag=fp8"; do
   # shellcheck disable=SC2086 # several words
-  .venv/bin/python ami/try_server.py --shapes ami/warm-shapes.toml --device cuda $flags "$@"
+  .venv/bin/python ami/try_server.py --shapes ami/warm-shapes.toml --device cuda --flag=--kernel-trials-s --flag=300 $flags "$@"
 done
 ! getent passwd manylora >/dev/null || chown -R manylora:manylora "$cache"

@@ -223,3 +223,4 @@ class EngineOptions(msgspec.Struct, frozen=True):
     compile_layers: bool | None = None
     cuda_graphs: bool | None = None
     overlap: bool | None = None  # launch a step before the last one's tokens are looked at
+    kernel_trials_s: float = 20.0  # of a start, in which kernels of the base's products are tried; what is left is tried by the next

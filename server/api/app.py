@@ -156,6 +156,7 @@ def engine_options(settings: Settings, model: ServedModel) -> EngineOptions:
         compile_layers=settings.compile_layers,
         cuda_graphs=settings.cuda_graphs,
         overlap=settings.overlap,
+        kernel_trials_s=settings.kernel_trials_s,
         num_threads=settings.num_threads,
         allow_unverified_architecture=settings.allow_unverified_architecture,
         quantize=settings.quantize,

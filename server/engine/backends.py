@@ -115,7 +115,8 @@ def use_arena(base: BaseModel, options: EngineOptions, backends: Backends, memor
         if backends.cuda_graphs:
             grouped = [group for group in base.groups if group.key is not None]
             row_counts = [size.num_rows for size in decode_sizes(options.max_batch_size)]
-            use_fastest(grouped, row_counts, partial(Beside, tiling, base.state, arena.data))
+            beside = partial(Beside, tiling, base.state, arena.data)
+            use_fastest(grouped, row_counts, beside, max_trials_s=options.kernel_trials_s)
     return arena, tiling
 
 

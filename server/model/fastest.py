@@ -32,7 +32,6 @@ Gemm = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x [.., in], weigh
 Timer = Callable[[Gemm, torch.Tensor, Sequence[torch.Tensor]], float]
 WORTH = 0.98  # of torch's time: less is what two measurements of the same kernel differ by
 MOST_ERROR = 1e-2  # of the result's norm, in bfloat16 and float16
-MAX_TRIALS_S = 20.0  # of one start; sizes that are left then are torch's until the next
 _NUM_WEIGHTS, _NUM_LAUNCHES, _NUM_REPEATS = 4, 8, 4
 _NUM_FIRST = 6  # kernels, the fastest behind deltas, that are tried before them too
 _VERSION = 4  # of what is tried and how: what others have kept is tried again
@@ -67,9 +66,12 @@ class TimerBeside(Protocol):
         """Give back what it took."""
 
 
-def use_fastest(groups: Iterable["SiteGroup"], row_counts: Sequence[int], beside: Callable[[GroupShape], TimerBeside]) -> None:
+def use_fastest(
+    groups: Iterable["SiteGroup"], row_counts: Sequence[int], beside: Callable[[GroupShape], TimerBeside], *, max_trials_s: float
+) -> None:
     """Have groups' plain products without a bias computed with the fastest kernel there is, where they have so many rows: alone, and beside
-    the group's deltas (`beside` makes what measures that)."""
+    the group's deltas (`beside` makes what measures that). After `max_trials_s` seconds no more are tried: sizes that are left then are
+    torch's until the next start."""
     alike: dict[tuple, list[SiteGroup]] = {}
     for group in groups:
         product, weight = group.product, group.product.weight_of_all
@@ -82,7 +84,7 @@ def use_fastest(groups: Iterable["SiteGroup"], row_counts: Sequence[int], beside
     before = len(kept)
     for same in alike.values():
         weights = [group.product.weight_of_all for group in same]
-        deadline_at = started_at + MAX_TRIALS_S
+        deadline_at = started_at + max_trials_s
         alone = choose(row_counts, weights, kept, deadline_at=deadline_at)
         timer, columns = beside(same[0].shape), list(same[0].shape.columns)
         try:
@@ -121,7 +123,7 @@ def choose(
     chosen: dict[int, Way] = {}
     for num_rows in row_counts if some else ():
         size = f"{some[0].dtype} {num_rows} x {list(some[0].shape)}{kind}"
-        if size not in kept and time.monotonic() > deadline_at:
+        if size not in kept and time.monotonic() >= deadline_at:
             continue
         try:
             x = _random(num_rows, some[0])

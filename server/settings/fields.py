@@ -133,6 +133,12 @@ class Settings(BaseModel):
     compile_layers: bool | None = _set(None, "Engine", "Compile the decoder's layers at start; auto: on a GPU.")
     cuda_graphs: bool | None = _set(None, "Engine", "Capture steps as CUDA graphs and replay them; auto: with flashinfer.")
     overlap: bool | None = _set(None, "Engine", "Launch a step before the last one's tokens are looked at; auto: on a GPU.")
+    kernel_trials_s: float = _set(
+        20.0,
+        "Engine",
+        "Seconds of a start in which kernels of the base's products are tried, on a GPU; what is left is tried by the next; 0: none is.",
+        ge=0,
+    )
     num_engines: int | None = _set(None, "Engine", "Engine processes, each with a GPU of its own; auto: one a visible GPU.", ge=1, le=64)
     num_threads: int | None = _set(
         None, "Engine", "CPU threads of an engine; auto: torch's choice, or its share of the cores.", ge=1, le=1024

@@ -142,11 +142,15 @@ def test_the_trial_serves_a_tiny_model_with_an_adapter(tmp_path):
 @pytest.mark.slow
 def test_every_choice_that_is_warmed_is_one_that_the_server_takes():
     """The options of warm.sh, as its loop gives them."""
-    (line,) = [line for line in (AMI / "warm.sh").read_text().splitlines() if line.startswith("for flags in ")]
+    lines = (AMI / "warm.sh").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("for flags in ")]
     bare, *choices = [words.split() for words in shlex.split(line.removesuffix("; do"))[3:]]
     assert not bare and len(choices) == 2
+    (command,) = [line for line in lines if "ami/try_server.py" in line]
+    always = [word for word in command.split() if word.startswith("--flag=")]
+    assert always[0] == "--flag=--kernel-trials-s"
     for flags in choices:
-        result = subprocess.run(trial(*flags), cwd=ROOT, capture_output=True, text=True, timeout=200)
+        result = subprocess.run(trial(*always, *flags), cwd=ROOT, capture_output=True, text=True, timeout=200)
         assert result.returncode == 0 and "tiny: served in" in result.stdout, result.stdout + result.stderr
 
 
