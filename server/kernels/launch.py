@@ -65,6 +65,7 @@ class Line(NamedTuple):
     many_tiles: int = 0
 
 
+# Products are chosen beside deltas that are launched so, and the choices are kept: raise model/fastest.py's _VERSION with a change here.
 _ANY = 1 << 30
 _LONG_K = 8192
 _TABLES: dict[str, tuple[Line, ...]] = {

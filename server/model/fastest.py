@@ -2,8 +2,8 @@
 
 torch takes what the heuristic puts first. At decode's few rows another proposal takes up to 15% less time on an H100, and yet another where
 deltas are computed beside it, launched before them or behind (LOG.md). Which one depends on the card: nothing is written down here. Tried
-are the sizes that are captured, since launching through ctypes costs time on the host; products of other sizes stay torch's. What was found
-is kept beside inductor's cache of compiled code, for the next start to take. Called where the engine's parts are connected
+are the sizes of captured decode steps, since launching through ctypes costs time on the host; other sizes stay torch's. What was found is
+kept beside inductor's cache of compiled code, for the next start to take. Called where the engine's parts are connected
 (engine/backends.py).
 """
 
@@ -33,8 +33,9 @@ Timer = Callable[[Gemm, torch.Tensor, Sequence[torch.Tensor]], float]
 WORTH = 0.98  # of torch's time: less is what two measurements of the same kernel differ by
 MOST_ERROR = 1e-2  # of the result's norm, in bfloat16 and float16
 _NUM_WEIGHTS, _NUM_LAUNCHES, _NUM_REPEATS = 4, 8, 4
+_CACHES = 2  # weights that are read in turns are at least as many bytes as so many of the card's L2 hold
 _NUM_FIRST = 6  # kernels, the fastest behind deltas, that are tried before them too
-_VERSION = 4  # of what is tried and how: what others have kept is tried again
+_VERSION = 4  # of what is tried and how, launch.py's tables for the deltas with it: what others have kept is tried again
 # What ctypes, CUDA, a card without room, and kernels that cannot be launched raise: the products are torch's own then.
 _FAILURES = (RuntimeError, OSError, AttributeError, ValueError)
 
@@ -119,20 +120,22 @@ def choose(
     and, where there is a second one, of a product that goes first; `kind`: what `kept` has beside the size for others than `seconds_of`.
     What fails, or computes something else, is not chosen."""
     timers = timers or (seconds_of,)
-    some = [weight for weight in weights if is_aligned(weight)][:_NUM_WEIGHTS]
+    usable = [weight for weight in weights if is_aligned(weight)]
+    some: list[torch.Tensor] = []
     chosen: dict[int, Way] = {}
-    for num_rows in row_counts if some else ():
-        size = f"{some[0].dtype} {num_rows} x {list(some[0].shape)}{kind}"
+    for num_rows in row_counts if usable else ():
+        size = f"{usable[0].dtype} {num_rows} x {list(usable[0].shape)}{kind}"
         if size not in kept and time.monotonic() >= deadline_at:
             continue
         try:
-            x = _random(num_rows, some[0])
+            x = _random(num_rows, usable[0])
             if size in kept:
-                gemm = kept[size] and cublaslt.gemm_of(num_rows, some[0], kept[size].kernel)
-                if gemm and _right([gemm], x, some[0]):
+                gemm = kept[size] and cublaslt.gemm_of(num_rows, usable[0], kept[size].kernel)
+                if gemm and _right([gemm], x, usable[0]):
                     chosen[num_rows] = Way(gemm, kept[size].goes_first)
                 continue
-            way = _fastest(_right(propose(num_rows, some[0]), x, some[0]), x, some, timers)
+            some = some or _turns(usable)
+            way = _fastest(_right(propose(num_rows, some[0]), x, some[0]), x, some, timers, size)
         except _FAILURES as error:
             log.warning("products of %d rows and more stay torch's own: %s", num_rows, error)
             return chosen
@@ -140,12 +143,23 @@ def choose(
         if way is not None:
             chosen[num_rows] = way
             kept[size] = KeptWay(list(way.gemm.kernel), way.goes_first)
-            log.debug("%s: %s", size, kept[size])
     return chosen
 
 
-def _fastest(gemms: Sequence[Gemm], x: torch.Tensor, weights: Sequence[torch.Tensor], timers: Sequence[Timer]) -> Way | None:
-    """None: no way is clearly faster than torch's. All are timed by the first timer, the best of them by the second."""
+def _turns(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Some of a model's weights, to be read in turns such that none is still in the card's cache; copies too where it has few layers."""
+    needed = -(-_CACHES * _cache_bytes(weights[0].device) // weights[0].nbytes)
+    turns = list(weights[: min(_NUM_LAUNCHES, max(_NUM_WEIGHTS, needed))])
+    return turns + [turns[0].clone() for _ in range(min(_NUM_LAUNCHES, needed) - len(turns))]
+
+
+def _cache_bytes(device: torch.device) -> int:
+    """The card's L2; 0 where torch does not say."""
+    return getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) if device.type == "cuda" else 0
+
+
+def _fastest(gemms: Sequence[Gemm], x: torch.Tensor, weights: Sequence[torch.Tensor], timers: Sequence[Timer], size: str) -> Way | None:
+    """None: no way is clearly faster than torch's. All are timed by the first timer, the best of them by the second; `size` for the log."""
     if not gemms:
         return None  # float32 has none to compare
     torchs = timers[0](F.linear, x, weights)
@@ -154,6 +168,8 @@ def _fastest(gemms: Sequence[Gemm], x: torch.Tensor, weights: Sequence[torch.Ten
     for timer in timers[1:]:
         ways += [(timer(gemms[index], x, weights), Way(gemms[index], goes_first=True)) for _, index in times[:_NUM_FIRST]]
     seconds, way = min(ways, key=lambda timed: timed[0])
+    first = min((timed for timed, each in ways if each.goes_first), default=float("nan"))
+    log.debug("%s: %.1f us, %.1f if it goes first, torch's %.1f", size, times[0][0] * 1e6, first * 1e6, torchs * 1e6)
     return way if seconds < WORTH * torchs else None
 
 

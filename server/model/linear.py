@@ -131,7 +131,7 @@ class SiteGroup:
     def call_apart(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """What the operator linear_apart means: the product and, beside it, its rows' deltas."""
         flat_x = x.reshape(-1, x.shape[-1])
-        way = self.product.ways_beside.get(len(flat_x))
+        way = self.product.way(flat_x, weight, bias, shares_card=True)
         both = self._deltas.apart(
             flat_x,
             self.shape,

@@ -73,11 +73,13 @@ class Product:
         same time."""
         if self._quantized is not None:
             return self._quantized(x)
-        num_rows = x.numel() // x.shape[-1]
-        way = (self.ways_beside if shares_card else self.ways).get(num_rows)
-        if way is None or bias is not None or not is_aligned(x) or not is_aligned(weight):
-            return F.linear(x, weight, bias)
-        return way.gemm(x, weight)
+        way = self.way(x, weight, bias, shares_card=shares_card)
+        return F.linear(x, weight, bias) if way is None else way.gemm(x, weight)
+
+    def way(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, shares_card: bool) -> Way | None:
+        """How `linear` will compute it; None: as torch or a quantized product does."""
+        way = (self.ways_beside if shares_card else self.ways).get(x.numel() // x.shape[-1])
+        return None if way is None or bias is not None or not is_aligned(x) or not is_aligned(weight) else way
 
     def weight(self, index: int) -> torch.Tensor:
         """The weight of one of the linears: [out, in]; of a quantized one what its codes stand for, in float32."""

@@ -136,7 +136,8 @@ class Settings(BaseModel):
     kernel_trials_s: float = _set(
         20.0,
         "Engine",
-        "Seconds of a start in which kernels of the base's products are tried, on a GPU; what is left is tried by the next; 0: none is.",
+        "Seconds of a start in which kernels of the base's products are tried, on a GPU; the next start has those that were chosen, "
+        "and tries what is left; 0: none is tried.",
         ge=0,
     )
     num_engines: int | None = _set(None, "Engine", "Engine processes, each with a GPU of its own; auto: one a visible GPU.", ge=1, le=64)

@@ -1,10 +1,13 @@
 """Settings: three ways in and their order, every mistake named, help that explains everything."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from msgspec.structs import asdict
 from pydantic import ValidationError
 
+from server.api.app import engine_options
 from server.settings import Settings, SettingsError, read_settings
 from server.settings.reading import PREFIX
 
@@ -53,6 +56,14 @@ def test_the_config_file_may_come_from_the_environment(tmp_path: Path) -> None:
     (tmp_path / "s.toml").write_text('model_id = "m"\nallowed_buckets = ["x", "y"]\nprefix_caching = false')
     settings = read_settings([], {"MANYLORA_CONFIG": str(tmp_path / "s.toml")})
     assert settings.allowed_buckets == ["x", "y"] and settings.prefix_caching is False
+
+
+def test_what_the_engine_is_asked_for_by_the_same_name_reaches_it() -> None:
+    settings = read("--kernel-trials-s", "7", "--overlap", "false", "--num-threads", "3", "--quantize", "int8", "--max-total-tokens", "64")
+    options = asdict(engine_options(settings, SimpleNamespace(folder="m", revision="r")))  # type: ignore[arg-type]
+    shared = Settings.model_fields.keys() & options.keys()
+    assert {"kernel_trials_s", "overlap", "num_threads", "quantize"} <= shared
+    assert {name: options[name] for name in shared} == {name: getattr(settings, name) for name in shared} | {"revision": "r"}
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Trials of products beside deltas: made-up adapters are real to the kernels, and nothing of them stays."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,19 +96,56 @@ def test_deltas_never_run_on_the_stream_that_captures(monkeypatch):
             assert tiling._side_stream() is side
 
 
+DELTAS = ["deltas: shrink", "deltas: write"]
+ORDERS = {False: ["fork", *DELTAS, "product", "join"], True: ["fork", "product", *DELTAS, "join"]}
+
+
+@pytest.fixture
+def order(monkeypatch):
+    """What a captured step does about a group, in its order, where streams are only noted."""
+    from server.engine.tiling import Tiling
+    from server.kernels import grouped_kernels
+
+    noted, current = [], []
+
+    @contextmanager
+    def on(stream):
+        current.append("deltas: ")
+        yield
+        current.clear()
+
+    for name in ("shrink", "write"):
+        monkeypatch.setattr(grouped_kernels, name, lambda *_, name=name: noted.append("".join([*current, name])))
+    monkeypatch.setattr(Tiling, "_side_stream", lambda self: noted.append("fork") or object())
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(wait_stream=lambda side: noted.append("join")))
+    return noted
+
+
 @pytest.mark.parametrize("goes_first", [False, True])
-def test_a_product_is_launched_before_the_deltas_or_behind(monkeypatch, goes_first):
+def test_a_product_is_launched_before_the_deltas_or_behind(order, goes_first):
     from server.engine.tiling import Tiling
 
-    state, order = ForwardState(), []
+    state = ForwardState()
     tiling = Tiling(state, torch.zeros(1 << 12, device=DEVICE), 16)
-    for name in ("shrink", "write"):
-        monkeypatch.setattr(tiling._kernels, name, lambda *_, name=name: order.append(name))
     state.tiles = empty_tiles(17, 16, tiling.block_m(16), DEVICE)
     x = torch.ones(16, 32, device=DEVICE)
-    y, deltas = tiling.apart(x, SHAPES[1], lambda: order.append("product") or x.repeat(1, 3)[:, :80], goes_first=goes_first)
-    assert order == (["product", "shrink", "write"] if goes_first else ["shrink", "write", "product"])
-    assert y.shape == deltas.shape == (16, 80) and y.all()
+    with tiling.captured():
+        y, deltas = tiling.apart(x, SHAPES[1], lambda: order.append("product") or x.repeat(1, 3)[:, :80], goes_first=goes_first)
+    assert order == ORDERS[goes_first] and y.shape == deltas.shape == (16, 80) and y.all()
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="looks at what is timed without a graph")
+@pytest.mark.parametrize("goes_first", [False, True])
+def test_what_is_timed_is_launched_in_the_order_that_is_asked_for(order, monkeypatch, goes_first):
+    from server.engine.tiling import Tiling
+
+    state, arena = ForwardState(), torch.zeros(1 << 18, device=DEVICE)
+    timer = Beside(Tiling(state, arena, 64), state, arena, SHAPES[1])
+    monkeypatch.setattr(beside, "seconds_of", lambda both, x, weights: both(x, weights[0]) and 1.5)
+    gemm = lambda x, weight: order.append("product") or F.linear(x, weight)  # noqa: E731
+    assert timer(gemm, torch.randn(8, 32), [torch.randn(80, 32)], goes_first=goes_first) == 1.5
+    assert order == ORDERS[goes_first]
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="looks at what is timed without a graph")

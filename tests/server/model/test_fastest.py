@@ -11,7 +11,6 @@ from server.kernels.cublaslt import CublasError
 from server.kernels.grouped import GroupShape
 from server.model import fastest
 from server.model.fastest import KeptWay, Way, choose, is_aligned, use_fastest
-from server.model.product import Product
 from tests.server.engine.tiny_models import DEVICE
 
 
@@ -110,6 +109,19 @@ def test_each_number_of_rows_has_its_own_choice_and_weights_take_turns():
     weights = [aligned(8, 16) for _ in range(6)]
     assert choose([2, 4], weights, {}, propose=lambda *_: [right], timers=[timer]) == {2: Way(right)}
     assert {*seen} == {(2, 4), (4, 4)}
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "cache_weights", "num_turns"),
+    [(6, 0, 4), (2, 0, 2), (6, 2.4, 5), (2, 2.4, 5), (2, 100, 8), (20, 100, 8)],  # a launch of a trial reads one, and there are 8
+)
+def test_as_many_weights_take_turns_as_the_cache_does_not_hold(monkeypatch, num_layers, cache_weights, num_turns):
+    weights, seen = [aligned(8, 16) for _ in range(num_layers)], []
+    monkeypatch.setattr(fastest, "_cache_bytes", lambda device: int(cache_weights * weights[0].nbytes))
+    choose([4], weights, {}, propose=lambda *_: [right], timers=[lambda gemm, x, weights: seen.append(weights) or 1.0])
+    assert len({weight.data_ptr() for weight in seen[0]}) == len(seen[0]) == num_turns
+    for index, weight in enumerate(seen[0]):
+        assert torch.equal(weight, weights[index if index < num_layers else 0])
 
 
 def test_what_was_found_is_taken_over_by_the_next_start(monkeypatch):
@@ -248,27 +260,6 @@ def test_without_room_for_adapters_to_try_torchs_own_stays_beside_deltas(caplog)
 
     assert choose([4, 8], [aligned(8, 16)], {}, propose=lambda *_: [right], timers=[no_room]) == {}
     assert "stay torch's own: the arena has room for 3 of 4" in caplog.text
-
-
-def test_a_product_takes_its_choice_for_that_number_of_rows_alone():
-    module = torch.nn.Linear(16, 8, bias=False, device=DEVICE)
-    product = Product([module])
-    weight, calls = aligned(8, 16), []
-    product.ways = {4: Way(lambda x, weight: calls.append(x.shape) or F.linear(x, weight))}
-    for x in (aligned(4, 16), aligned(1, 4, 16), aligned(3, 16), aligned(5, 16).flatten()[1:65].view(4, 16)):
-        assert torch.equal(product.linear(x, weight, None), F.linear(x, weight))
-    assert torch.equal(product.linear(aligned(4, 16), weight, aligned(8)).isfinite(), torch.ones(4, 8, dtype=torch.bool, device=DEVICE))
-    assert calls == [(4, 16), (1, 4, 16)]
-
-
-def test_beside_deltas_a_product_takes_what_is_fastest_there():
-    product, weight, calls = Product([torch.nn.Linear(16, 8, bias=False, device=DEVICE)]), aligned(8, 16), []
-    for name in ("ways", "ways_beside"):
-        setattr(product, name, {4: Way(lambda x, weight, name=name: calls.append(name) or F.linear(x, weight))})
-    for shares_card in (False, True):
-        for num_rows in (4, 5):
-            product.linear(aligned(num_rows, 16), weight, None, shares_card=shares_card)
-    assert calls == ["ways", "ways_beside"]
 
 
 @pytest.mark.gpu
